@@ -1,0 +1,1 @@
+"""Where any of it runs, and what a run says of itself."""

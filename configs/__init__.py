@@ -1,0 +1,1 @@
+"""Typed configs and the errors a user meets."""

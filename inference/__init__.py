@@ -1,0 +1,1 @@
+"""Archives of tiles become a table of classes and a page."""

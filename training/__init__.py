@@ -1,0 +1,1 @@
+"""Raw tiles become shards, shards become a model bundle."""
