@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import pyarrow.fs as pafs
 
@@ -75,7 +77,7 @@ def size(location: str | Path) -> int:
 def make_dirs(location: str | Path) -> None:
     """Make a folder and those above it; nothing to do on object storage."""
     if not is_uri(location):
-        with _clear_errors(location):
+        with clear_errors(location):
             _local(location).mkdir(parents=True, exist_ok=True)
 
 
@@ -95,6 +97,15 @@ def read_bytes(location: str | Path, offset: int = 0, length: int | None = None)
     return _retry(read)
 
 
+def open_input(location: str | Path) -> IO[bytes]:
+    """A seekable binary stream over a file; the caller closes it."""
+    if not is_uri(location):
+        return _local(location).open("rb")
+    fs, path = _remote(location)
+    stream: IO[bytes] = _retry(lambda: fs.open_input_file(path))
+    return stream
+
+
 def write_bytes(location: str | Path, data: bytes) -> None:
     """Write a whole file so that a reader sees the old one or the new one, never a part.
 
@@ -110,7 +121,7 @@ def write_bytes(location: str | Path, data: bytes) -> None:
         _retry(put)
         return
     target = _local(location)
-    with _clear_errors(target):
+    with clear_errors(target):
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -126,8 +137,6 @@ def write_bytes(location: str | Path, data: bytes) -> None:
 
 def remove_tree(location: str | Path) -> None:
     """Delete a folder with all that is in it; nothing to do where there is none."""
-    import shutil
-
     if not is_uri(location):
         shutil.rmtree(_local(location), ignore_errors=True)
         return
@@ -136,26 +145,19 @@ def remove_tree(location: str | Path) -> None:
         _retry(lambda: fs.delete_dir(path))
 
 
-class _clear_errors:
+@contextmanager
+def clear_errors(location: str | Path) -> Iterator[None]:
     """Turn an ``OSError`` about a full disk or a closed place into one line that names it."""
-
-    def __init__(self, location: str | Path) -> None:
-        self.location = location
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise TilefleetError(
-                    f"{self.location}: the disk is full; what is finished is kept, free some space and run the same command again"
-                ) from error
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-                raise TilefleetError(f"{self.location}: cannot be written ({error.strerror})") from error
-
-
-clear_errors = _clear_errors
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TilefleetError(
+                f"{location}: the disk is full; what is finished is kept: free some space and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise TilefleetError(f"{location}: cannot be written ({error.strerror})") from error
+        raise
 
 
 def _local(location: str | Path) -> Path:

@@ -1,0 +1,54 @@
+"""Start or join a Ray cluster, authenticated.
+
+A job that finds no address starts Ray inside this machine, on loopback, with a token; with ``RAY_ADDRESS`` it joins that
+cluster. One session serves a whole command: starting Ray takes many seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def session(cpus: int | None = None) -> Iterator[None]:
+    """A connected Ray for the time of the block; one that is already connected is used and left as it is.
+
+    ``cpus`` bounds the CPUs of a cluster that is started here; by default all of the machine's.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS"),
+        num_cpus=None if os.environ.get("RAY_ADDRESS") else cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        configure_logging=True,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def available_cpus() -> int:
+    """CPUs of the connected cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
+def available_gpus() -> int:
+    """GPUs of the connected cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))

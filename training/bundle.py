@@ -1,0 +1,99 @@
+"""The model bundle: the only thing inference takes from training.
+
+A folder of two files: ``model.safetensors`` holds the weights, ``bundle.json`` everything needed to use them. Both are covered
+by sha256 digests, so a bundle that was cut or changed is refused. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from cluster import storage
+from configs.errors import TilefleetError, UsageError
+from training import models
+
+WEIGHTS = "model.safetensors"
+INFO = "bundle.json"
+
+
+class BundleInfo(BaseModel):
+    """``bundle.json``. ``mean`` and ``std`` are per channel on pixels scaled to 0..1."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = 1
+    architecture: str
+    arguments: dict[str, float] = {}
+    classes: list[str]
+    tile_size: int
+    mean: list[float]
+    std: list[float]
+    temperature: float = 1.0
+    unknown_threshold: float = 0.0
+    metrics: dict[str, float] = {}
+    recipe: dict[str, Any] = {}
+    data_fingerprint: str = ""
+    versions: dict[str, str] = {}
+    weights_sha256: str = ""
+    digest: str = ""
+
+    def own_digest(self) -> str:
+        """sha256 over everything else in the file, as canonical JSON."""
+        return hashlib.sha256(json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True).encode()).hexdigest()
+
+
+def save_bundle(location: str | Path, model: nn.Module, info: BundleInfo) -> BundleInfo:
+    """Write a bundle; ``bundle.json`` comes last, so an interrupted save is seen as a changed bundle, not as a good one."""
+    weights = save_safetensors(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    )
+    info = info.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()})
+    info = info.model_copy(update={"digest": info.own_digest()})
+    storage.make_dirs(location)
+    storage.write_bytes(storage.join(location, WEIGHTS), weights)
+    storage.write_bytes(storage.join(location, INFO), info.model_dump_json(indent=1).encode())
+    return info
+
+
+def read_info(location: str | Path) -> BundleInfo:
+    """``bundle.json`` alone, checked against its digest; raises where it is missing, broken or changed."""
+    path = storage.join(location, INFO)
+    if not storage.exists(location):
+        raise UsageError(f"{location}: no such bundle")
+    if not storage.exists(path):
+        raise TilefleetError(f"{location}: not a bundle, {INFO} is missing")
+    try:
+        info = BundleInfo.model_validate_json(storage.read_bytes(path))
+    except ValidationError as error:
+        raise TilefleetError(
+            f"{path}: damaged or not a bundle ({error.error_count()} fields wrong); use another copy"
+        ) from error
+    if info.digest != info.own_digest():
+        raise TilefleetError(f"{path}: changed since it was saved; use another copy or train again")
+    return info
+
+
+def load_bundle(location: str | Path) -> tuple[nn.Module, BundleInfo]:
+    """The trained model in evaluation mode, on the CPU, and its info; raises where any part is missing or changed."""
+    info = read_info(location)
+    path = storage.join(location, WEIGHTS)
+    if not storage.exists(path):
+        raise TilefleetError(f"{location}: its weights are missing, {WEIGHTS} should stand beside {INFO}")
+    weights = storage.read_bytes(path)
+    if hashlib.sha256(weights).hexdigest() != info.weights_sha256:
+        raise TilefleetError(f"{path}: changed since it was saved or cut short; use another copy or train again")
+    model = models.build(info.architecture, len(info.classes), info.tile_size, **info.arguments)
+    try:
+        model.load_state_dict(load_safetensors(weights))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TilefleetError(f"{path}: the weights do not fit the model {info.architecture} ({reason})") from error
+    return model.eval(), info

@@ -1,0 +1,186 @@
+"""Encoded images become pixels: one way for packing, training and inference, with limits before anything is decoded.
+
+Plain JPEG goes to torchvision's decoder in batches; everything else goes to Pillow. An image that cannot be used raises or
+returns a reason of the form ``cause`` or ``cause: detail``, so that reports can count by cause.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as vision
+
+MAX_ENCODED_BYTES = 64 << 20
+"""Largest image file that is read, in bytes."""
+
+MAX_PIXELS = 4096 * 4096
+"""Largest image that is decoded, height x width."""
+
+EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2"})
+"""File name endings, lower case, that are taken for images."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000")
+_FORMAT_EXTENSION = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "TIFF": "tif",
+    "BMP": "bmp",
+    "JPEG2000": "jp2",
+}
+
+
+class TileError(Exception):
+    """An image that cannot be used; the text is ``cause`` or ``cause: detail``."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image: a known ending, not hidden, not macOS litter."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in path.parts)
+    return not hidden and "__MACOSX" not in path.parts and path.suffix[1:].lower() in EXTENSIONS
+
+
+def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
+    """Height, width and components of a JPEG from its frame header (ITU T.81, B.2.2), or None if it is not plain JPEG."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width, components = struct.unpack_from(">HHB", data, at + 5)
+            return (height, width, components) if data[at + 4] == 8 else None
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def decode_image(data: bytes) -> Tensor:
+    """One encoded image to RGB pixels, uint8 ``[3, height, width]``.
+
+    Grey is repeated to three channels, alpha is dropped, CMYK and palettes are converted, 16-bit samples keep their high byte.
+    Raises :class:`TileError` for anything that is not one whole image within the limits.
+    """
+    _check_encoded(data)
+    shape = jpeg_shape(data)
+    if shape is not None and shape[2] in (1, 3):
+        _check_pixels(shape[0], shape[1])
+        try:
+            pixels: Tensor = decode_jpeg(_buffer(data), ImageReadMode.RGB)
+            return pixels
+        except RuntimeError as error:
+            raise TileError("image is cut short or damaged") from error
+    return _decode_with_pillow(data)
+
+
+def decode_tiles(encoded: Sequence[bytes], size: int) -> tuple[Tensor, list[str | None]]:
+    """A batch of encoded images to one tensor.
+
+    Returns uint8 ``[len(encoded), 3, size, size]`` and, for each tile, None or why it could not be decoded (its pixels are
+    then zero). Tiles of another size are resized (bilinear, antialiased), one at a time so that memory stays bounded.
+    """
+    pixels = torch.zeros(len(encoded), 3, size, size, dtype=torch.uint8)
+    errors: list[str | None] = [None] * len(encoded)
+    fits = [i for i, data in enumerate(encoded) if jpeg_shape(data) in ((size, size, 3), (size, size, 1))]
+    if fits:
+        try:
+            images = decode_jpeg([_buffer(encoded[i]) for i in fits], ImageReadMode.RGB)
+            pixels[fits] = torch.stack(images)
+        except RuntimeError:  # one of them is damaged; below they are decoded singly to find it
+            fits = []
+    done = set(fits)
+    for i, data in enumerate(encoded):
+        if i in done:
+            continue
+        try:
+            pixels[i] = resize(decode_image(data), size)
+        except TileError as error:
+            errors[i] = str(error)
+    return pixels, errors
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """uint8 ``[3, height, width]`` to ``[3, size, size]``; the same tensor where it already fits."""
+    if image.shape[-2:] == (size, size):
+        return image
+    resized: Tensor = vision.resize(image, [size, size], antialias=True)
+    return resized
+
+
+def image_extension(data: bytes) -> str:
+    """The usual file ending of an image by its content, without the dot; raises :class:`TileError` for other content."""
+    if jpeg_shape(data) is not None:
+        return "jpg"
+    with _open(data) as image:
+        return _FORMAT_EXTENSION[str(image.format)]
+
+
+def _check_encoded(data: bytes) -> None:
+    if not data:
+        raise TileError("empty file")
+    if len(data) > MAX_ENCODED_BYTES:
+        raise TileError(f"image file over the limit: {len(data)} bytes, {MAX_ENCODED_BYTES} allowed")
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height == 0 or width == 0:
+        raise TileError("image has no pixels")
+    if height * width > MAX_PIXELS:
+        raise TileError(f"image over the pixel limit: {width}x{height}, {MAX_PIXELS} pixels allowed")
+
+
+def _buffer(data: bytes) -> Tensor:
+    with warnings.catch_warnings():  # the decoder only reads, so the missing write access does not matter
+        warnings.simplefilter("ignore")
+        return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def _open(data: bytes) -> Image.Image:
+    _check_encoded(data)
+    try:
+        with warnings.catch_warnings():  # the pixel limit below is ours, and an error rather than a warning
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise TileError("not an image") from error
+    except Image.DecompressionBombError as error:
+        raise TileError("image over the pixel limit") from error
+    except Exception as error:  # Pillow's parsers raise many types on damaged headers
+        raise TileError("image is cut short or damaged") from error
+    _check_pixels(image.height, image.width)
+    frames = getattr(image, "n_frames", 1)
+    if frames != 1 and image.format != "MPO":
+        raise TileError(f"animated or multi-page image: {frames} frames")
+    return image
+
+
+def _decode_with_pillow(data: bytes) -> Tensor:
+    with _open(data) as image:
+        try:
+            if image.mode.startswith("I"):
+                samples = np.asarray(image).astype(np.int64)
+                if samples.min() < 0 or samples.max() > 0xFFFF:
+                    raise TileError(f"pixel format not supported: {image.mode} beyond 16 bit")
+                array = np.repeat((samples >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+            elif image.mode == "F":
+                raise TileError("pixel format not supported: floating point")
+            else:
+                array = np.array(image.convert("RGB"))
+        except TileError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many types on damaged data
+            raise TileError("image is cut short or damaged") from error
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()

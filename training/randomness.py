@@ -1,0 +1,99 @@
+"""Random numbers as a pure function of what they are for: the epoch, the step, the tile's place in the global batch.
+
+No generator has a state, so there is none to save, to restore or to share: any number of workers, and any resume, draws the
+same numbers for the same tile at the same step. The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood,
+"Fast splittable pseudorandom number generators", OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+UInt64 = npt.NDArray[np.uint64]
+
+
+def mix(values: UInt64) -> UInt64:
+    """SplitMix64's finaliser over an array of uint64: well-mixed uint64 of the same shape."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def keys(seed: int, *path: int, count: int) -> UInt64:
+    """``count`` uint64 keys, one for each position, for the place named by ``seed`` and ``path`` (such as epoch, step)."""
+    state = mix(np.array(seed, dtype=np.uint64))
+    for number in path:
+        state = mix(state ^ np.uint64(number))
+    return mix(state ^ np.arange(count, dtype=np.uint64))
+
+
+def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """The order of ``count`` tiles in ``epoch``: int64 ``[count]``, each position once."""
+    return np.argsort(keys(seed, epoch, count=count), kind="stable").astype(np.int64)
+
+
+def uniform(tile_keys: Tensor, purpose: str) -> Tensor:
+    """One float32 in [0, 1) for each key (int64 ``[B]``), independent for each ``purpose``."""
+    return _to_unit(_mix32(tile_keys.to(torch.int64) ^ zlib.crc32(purpose.encode())))
+
+
+class TileDropout(nn.Module):
+    """Dropout whose mask is a function of the tile's key, the layer and the element, not of the worker that computes it.
+
+    Set :attr:`tile_keys` (int64 ``[B]``) before each training step, as :func:`set_tile_keys` does. In evaluation mode it passes
+    its input through. Scaling is that of ``nn.Dropout`` (Srivastava et al. 2014, inverted).
+    """
+
+    def __init__(self, p: float, layer: int) -> None:
+        super().__init__()
+        self.p = p
+        self.layer = layer
+        self.tile_keys: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` is ``[B, ...]``; returns the same shape."""
+        if not self.training or self.p == 0:
+            return x
+        if self.tile_keys is None:
+            raise RuntimeError("tile_keys must be set before a training step")
+        elements = torch.arange(x[0].numel(), device=x.device) * 0x9E3779B1 + self.layer * 0x85EBCA6B
+        mask = _to_unit(_mix32(self.tile_keys[:, None] ^ elements[None, :])) >= self.p
+        return x * mask.view(x.shape) * (1 / (1 - self.p))
+
+
+def replace_dropout(model: nn.Module) -> nn.Module:
+    """Put :class:`TileDropout` in the place of every ``nn.Dropout`` of ``model``, which is changed and returned."""
+    layer = 0
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, TileDropout(child.p, layer))
+                layer += 1
+    return model
+
+
+def set_tile_keys(model: nn.Module, tile_keys: Tensor) -> None:
+    """Give every :class:`TileDropout` of ``model`` the keys of the coming batch."""
+    for module in model.modules():
+        if isinstance(module, TileDropout):
+            module.tile_keys = tile_keys
+
+
+def _mix32(values: Tensor) -> Tensor:
+    """A 32-bit finaliser (constants of Wellons' "lowbias32", 2018) on the low bits of int64, which torch has on any device."""
+    low = 0xFFFFFFFF
+    values = (values ^ (values >> 32)) & low
+    values = ((values ^ (values >> 16)) * 0x7FEB352D) & low
+    values = ((values ^ (values >> 15)) * 0x846CA68B) & low
+    return values ^ (values >> 16)
+
+
+def _to_unit(values: Tensor) -> Tensor:
+    return (values >> 8).to(torch.float32) * (1.0 / (1 << 24))
