@@ -1,7 +1,8 @@
 """What a run says of itself: ``status.json`` and ``metrics.jsonl``.
 
-Jobs write them, the exporter and the reports read them, so a run whose driver died still shows how far it came. ``status.json``
-is replaced atomically about once a second (every ten on object storage); ``metrics.jsonl`` gains a line an epoch.
+Jobs write them, the exporter and the reports read them, so a run whose driver died still shows how far it came.
+``status.json`` is replaced atomically about once a second (every ten on object storage); ``metrics.jsonl`` gains a
+line an epoch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Start or join a Ray cluster, authenticated.
 
-A job that finds no address starts Ray inside this machine, on loopback, with a token; with ``RAY_ADDRESS`` it joins that
-cluster. One session serves a whole command: starting Ray takes many seconds.
+A job that finds no address starts Ray inside this machine, on loopback, with a token; with ``RAY_ADDRESS`` it joins
+that cluster. One session serves a whole command: starting Ray takes many seconds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Local paths and object storage alike: open, list, write atomically, retry.
 
 Everything that lies on disk goes through here. A location is a local path or a URI that ``pyarrow.fs`` opens
-(``s3://bucket/key``, ``gs://...``). A write is seen whole or not at all: locally by a temporary file that is renamed, on object
-storage because a put is atomic there.
+(``s3://bucket/key``, ``gs://...``). A write is seen whole or not at all: locally by a temporary file that is renamed,
+on object storage because a put is atomic there.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def clear_errors(location: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TilefleetError(
-                f"{location}: the disk is full; what is finished is kept: free some space and run the same command again"
+                f"{location}: the disk is full; what is finished is kept: free some space and run the command again"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise TilefleetError(f"{location}: cannot be written ({error.strerror})") from error

@@ -1,7 +1,7 @@
 """The errors that are the user's to fix.
 
-An error of these types carries one line that names the file or config key and says what to do. The front door prints the line
-and leaves with ``exit_code``; anything else is a defect of ours and shows its stack trace.
+An error of these types carries one line that names the file or config key and says what to do. The front door prints
+the line and leaves with ``exit_code``; anything else is a defect of ours and shows its stack trace.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of what they are for: the epoch, the step, the tile's place in the global batch.
 
-No generator has a state, so there is none to save, to restore or to share: any number of workers, and any resume, draws the
-same numbers for the same tile at the same step. The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", OOPSLA 2014).
+No generator has a state, so there is none to save, to restore or to share: any number of workers, and any resume,
+draws the same numbers for the same tile at the same step. The mixing function is the finaliser of SplitMix64 (Steele,
+Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def mix(values: UInt64) -> UInt64:
 
 
 def keys(seed: int, *path: int, count: int) -> UInt64:
-    """``count`` uint64 keys, one for each position, for the place named by ``seed`` and ``path`` (such as epoch, step)."""
+    """``count`` uint64 keys, one a position, for the place named by ``seed`` and ``path`` (such as epoch and step)."""
     state = mix(np.array(seed, dtype=np.uint64))
     for number in path:
         state = mix(state ^ np.uint64(number))
@@ -45,10 +45,11 @@ def uniform(tile_keys: Tensor, purpose: str) -> Tensor:
 
 
 class TileDropout(nn.Module):
-    """Dropout whose mask is a function of the tile's key, the layer and the element, not of the worker that computes it.
+    """Dropout whose mask is a function of the tile's key, the layer and the element, not of the worker that computes
+    it.
 
-    Set :attr:`tile_keys` (int64 ``[B]``) before each training step, as :func:`set_tile_keys` does. In evaluation mode it passes
-    its input through. Scaling is that of ``nn.Dropout`` (Srivastava et al. 2014, inverted).
+    Set :attr:`tile_keys` (int64 ``[B]``) before each training step, as :func:`set_tile_keys` does. In evaluation mode
+    it passes its input through. Scaling is that of ``nn.Dropout`` (Srivastava et al. 2014, inverted).
     """
 
     def __init__(self, p: float, layer: int) -> None:
@@ -87,7 +88,7 @@ def set_tile_keys(model: nn.Module, tile_keys: Tensor) -> None:
 
 
 def _mix32(values: Tensor) -> Tensor:
-    """A 32-bit finaliser (constants of Wellons' "lowbias32", 2018) on the low bits of int64, which torch has on any device."""
+    """The 32-bit finaliser "lowbias32" (Wellons 2018) on the low half of int64, which torch has on every device."""
     low = 0xFFFFFFFF
     values = (values ^ (values >> 32)) & low
     values = ((values ^ (values >> 16)) * 0x7FEB352D) & low

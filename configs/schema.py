@@ -1,0 +1,163 @@
+"""Typed run configs: a YAML recipe with dotted overrides becomes a :class:`Recipe`, or one clear line about what is
+wrong.
+
+Unknown keys are refused, so a misspelt setting never trains a model quietly with the default. Example::
+
+    load_recipe("configs/eurosat_cnn.yaml", ["epochs=2", "optimizer.learning_rate=0.001"])
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from configs.errors import UsageError
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, strict about keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Config):
+    """Which network; ``arguments`` go to its builder in ``training/models.py``."""
+
+    name: str
+    arguments: dict[str, float] = {}
+
+
+class AugmentConfig(Config):
+    """What is done to training tiles only."""
+
+    symmetries: bool = Field(default=False, description="the eight positions of a square, for views from above")
+
+
+class OptimizerConfig(Config):
+    """Which optimizer, with torch's own meaning of each field."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd")
+
+
+class ScheduleConfig(Config):
+    """How the learning rate moves over the run; ``warmup`` is the share of all steps with a linear rise from zero."""
+
+    name: Literal["constant", "cosine"] = "cosine"
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+
+
+class CheckpointConfig(Config):
+    """When all state is saved; it is always saved at the end of an epoch."""
+
+    every_steps: int = Field(default=200, gt=0)
+    keep: int = Field(default=3, gt=0)
+
+
+class Recipe(Config):
+    """Everything that makes a training run; ``batch_size`` is that of a whole step, over all workers."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    shards: str
+    runs: str = "runs"
+    model: ModelConfig
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    epochs: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    precision: Literal["f32", "bf16"] = "f32"
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=1, gt=0)
+    trace: bool = Field(default=False, description="write the tile ids of every step and rank, for audits")
+
+    @property
+    def run(self) -> str:
+        """The folder of the run."""
+        return f"{self.runs.rstrip('/')}/{self.name}"
+
+
+RESUMABLE = frozenset({"workers", "checkpoint", "runs", "trace"})
+"""Top-level recipe keys that may differ when a run is resumed; any other change would make it another run."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides; raises :class:`UsageError` naming what is wrong."""
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"{path}: no such recipe")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: not a recipe; it should hold keys such as name, shards, model and epochs")
+    for override in overrides:
+        _override(tree, override)
+    return validate(Recipe, tree, str(path))
+
+
+def validate(kind: type[T], tree: dict[str, Any], where: str) -> T:
+    """``tree`` as a ``kind``; raises :class:`UsageError` with ``where`` and every wrong key in one line."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(kind, detail["loc"], detail["type"], detail["msg"]) for detail in error.errors()]
+        raise UsageError(f"{where}: " + "; ".join(lines)) from error
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``["a.b=1", "c=x"]`` to a nested dict with YAML values."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _override(tree, override)
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(
+            f"{override}: an override looks like key=value, such as epochs=5 or optimizer.learning_rate=0.001"
+        )
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"{override}: {parent} is a value, not a group of settings")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{override}: the value is not YAML") from error
+
+
+def _explain(kind: type[BaseModel], location: tuple[int | str, ...], code: str, message: str) -> str:
+    key = ".".join(str(part) for part in location)
+    if code == "extra_forbidden":
+        known = _keys_beside(kind, location)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if code == "missing":
+        return f"{key}: missing"
+    return f"{key}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location[:-1]:
+        inner = kind.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return list(kind.model_fields)

@@ -1,0 +1,124 @@
+"""Batches for one rank, prepared by a thread while the model works on the one before.
+
+Encoded tiles are read by offset, checked, decoded and handed over as uint8; everything after that happens on the
+model's device.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import TilefleetError
+from training.decode import decode_tiles
+from training.randomness import UInt64
+from training.sampler import Epoch, Positions
+from training.shards import TileReader
+
+AHEAD = 2
+"""Batches kept ready."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's part of one global batch.
+
+    ``pixels`` uint8 ``[b, 3, size, size]``, ``labels`` int64 ``[b]``, ``keys`` int64 ``[b]``; ``global_count`` is the
+    number of tiles in the global batch, ``waited`` the seconds that the consumer stood still for it.
+    """
+
+    step: int
+    pixels: Tensor
+    labels: Tensor
+    keys: Tensor
+    positions: Positions
+    global_count: int
+    waited: float = 0.0
+
+
+class RankLoader:
+    """Makes the batches of one rank from the tiles of one split."""
+
+    def __init__(self, reader: TileReader, tile_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.reader = reader
+        self.tile_size = tile_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def epoch(self, epoch: Epoch, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of ``epoch`` from ``first_step`` on, in order."""
+        return _ahead(lambda step: self._batch(epoch, step), first_step, epoch.sampler.steps)
+
+    def pass_once(self, batch_size: int) -> Iterator[Batch]:
+        """Every tile of the split once over all ranks, in the set's order, for evaluation."""
+        count = len(self.reader)
+        mine = np.arange(count, dtype=np.int64)[self.rank :: self.world_size]
+
+        def make(step: int) -> Batch:
+            return self._load(step, mine[step * batch_size : (step + 1) * batch_size], None, count)
+
+        return _ahead(make, 0, -(-len(mine) // batch_size))
+
+    def _batch(self, epoch: Epoch, step: int) -> Batch:
+        positions, keys = epoch.share(step, self.rank, self.world_size)
+        return self._load(step, positions, keys, len(epoch.batch(step)))
+
+    def _load(self, step: int, positions: Positions, keys: UInt64 | None, global_count: int) -> Batch:
+        pixels, errors = decode_tiles(self.reader.read(positions.tolist()), self.tile_size)
+        for position, error in zip(positions, errors, strict=True):
+            if error is not None:
+                raise TilefleetError(f"{self.reader.root}: tile {self.reader.tile_ids[position]}: {error}")
+        return Batch(
+            step,
+            pixels,
+            torch.from_numpy(self.reader.labels[positions].astype(np.int64)),
+            torch.from_numpy((keys if keys is not None else np.zeros(len(positions), np.uint64)).view(np.int64)),
+            positions,
+            global_count,
+        )
+
+
+def _ahead(make: Callable[[int], Batch], first: int, end: int) -> Iterator[Batch]:
+    """Run ``make(step)`` for each step in a thread that stays :data:`AHEAD` batches before the consumer."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for step in range(first, end):
+                if not put(make(step)):
+                    return
+            put(None)
+        except BaseException as error:  # handed to the consumer, which raises it
+            put(error)
+
+    thread = threading.Thread(target=produce, name="loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            before = time.perf_counter()
+            item = ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield replace(item, waited=time.perf_counter() - before)
+    finally:
+        stop.set()
+        thread.join()
