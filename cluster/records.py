@@ -87,3 +87,27 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     if not storage.exists(location):
         return []
     return [json.loads(line) for line in storage.read_bytes(location).decode().splitlines()]
+
+
+def mark_failed(run: str | Path, error: str) -> None:
+    """Set the state of a run whose own writer is gone."""
+    status = read_status(run)
+    if status is not None:
+        failed = status.model_copy(update={"state": "failed", "error": error, "updated": time.time()})
+        storage.write_bytes(storage.join(run, "status.json"), failed.model_dump_json(indent=1).encode())
+
+
+def write_failure(run: str | Path, error: str) -> None:
+    """Leave word, from any worker, of an error that no restart can mend."""
+    storage.write_bytes(storage.join(run, "failure.json"), json.dumps({"error": error}).encode())
+
+
+def read_failure(run: str | Path) -> str | None:
+    """The error that a worker left, or None."""
+    location = storage.join(run, "failure.json")
+    return str(json.loads(storage.read_bytes(location))["error"]) if storage.exists(location) else None
+
+
+def clear_failure(run: str | Path) -> None:
+    """Forget the error of an earlier try."""
+    storage.remove(storage.join(run, "failure.json"))

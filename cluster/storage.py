@@ -37,6 +37,11 @@ def join(location: str | Path, *parts: str) -> str:
     return "/".join([str(location).rstrip("/"), *parts])
 
 
+def absolute(location: str | Path) -> str:
+    """``location`` as every process of a job can open it, whatever folder it works in."""
+    return str(location) if is_uri(location) else str(_local(location).resolve())
+
+
 def exists(location: str | Path) -> bool:
     """Whether a file or folder stands at ``location``."""
     if not is_uri(location):
@@ -133,6 +138,16 @@ def write_bytes(location: str | Path, data: bytes) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def remove(location: str | Path) -> None:
+    """Delete a file; nothing to do where there is none."""
+    if not is_uri(location):
+        _local(location).unlink(missing_ok=True)
+        return
+    fs, path = _remote(location)
+    if exists(location):
+        _retry(lambda: fs.delete_file(path))
 
 
 def remove_tree(location: str | Path) -> None:

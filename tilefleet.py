@@ -1,0 +1,331 @@
+"""The front door of tilefleet: one command line, a sub-command a verb.
+
+Raw tiles become shards (pack), shards a model (train, evaluate), archives of tiles a table of classes (classify, report);
+``tilefleet demo`` runs all of it. Exit codes: 0 done; 1 the work failed or data is bad; 2 the command line or a config is
+wrong. Results go to stdout, progress and problems to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from configs.errors import TilefleetError, UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from cluster.records import Status
+    from configs.schema import Recipe
+
+app = typer.Typer(
+    help="Labelled satellite tiles become a model; archives of millions of tiles become a table of classes and a map.",
+    epilog="Add --debug to any command for the stack trace of an error.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as epochs=5.")]
+
+
+@app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="Folder of class folders, or a zip of one.")],
+    out: Annotated[str, typer.Argument(help="Folder for the shards; new or empty.")],
+    split: Annotated[str, typer.Option(help="Percent for train,val,test.")] = "80,10,10",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed is another split and order.")] = 0,
+    tiles_per_shard: Annotated[int, typer.Option(min=1, help="Tiles in one tar.")] = 1000,
+    size: Annotated[int | None, typer.Option(min=8, help="Resize tiles to SIZE x SIZE pixels.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; all cores if not given.")] = None,
+    skip_damaged: Annotated[bool, typer.Option(help="Leave damaged images out, and list them in the index.")] = False,
+) -> None:
+    """Raw labelled tiles to shards, with splits that do not leak."""
+    from training.pack import pack
+
+    try:
+        shares = tuple(int(part) for part in split.split(","))
+    except ValueError as error:
+        raise UsageError(f"--split {split}: three numbers are needed, as 80,10,10") from error
+    if len(shares) != 3:
+        raise UsageError(f"--split {split}: three numbers are needed, as 80,10,10")
+    with _progress() as show:
+        index = pack(
+            source,
+            out,
+            split=shares,
+            seed=seed,
+            tiles_per_shard=tiles_per_shard,
+            size=size,
+            workers=workers,
+            skip_damaged=skip_damaged,
+            progress=lambda stage, done, total: show(stage, done, total, ""),
+        )
+    for line in index.packed.get("warnings", []):
+        _warn(line)
+    for reason, count in index.packed["left_out"].items():
+        _warn(f"{count} files left out: {reason}")
+    for entry in index.packed.get("damaged", []):
+        _warn(f"left out: {entry['source']}: {entry['reason']}")
+    counts = ", ".join(f"{name} {index.tiles(name)}" for name in index.splits)
+    print(f"{out}: {sum(map(index.tiles, index.splits))} tiles of {len(index.classes)} classes ({counts})")
+
+
+@app.command()
+def verify(location: Annotated[str, typer.Argument(help="Shard set, tar, or folder of tars.")]) -> None:
+    """Find every damaged shard; exit code 1 and a line each if there is one."""
+    from training.shards import verify
+
+    problems = verify(location)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise TilefleetError(f"{location}: {len(problems)} problems")
+    print(f"{location}: whole")
+
+
+@app.command()
+def show(
+    location: Annotated[str, typer.Argument(help="Shard set, tar or folder of images.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="The picture to write.")] = "grid.png",
+    tiles: Annotated[int, typer.Option(min=1, help="How many tiles to draw.")] = 64,
+) -> None:
+    """Draw a contact sheet of tiles with their labels."""
+    from training.show import contact_sheet
+
+    print(f"{out}: {contact_sheet(location, out, tiles=tiles)} tiles")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="YAML file, as configs/eurosat_cnn.yaml.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run where it stopped.")] = False,
+) -> None:
+    """Train a model with DDP workers; leaves a run folder with its bundle."""
+    from configs.schema import load_recipe
+
+    _train(load_recipe(recipe, overrides or []), resume)
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, as runs/NAME/bundle.")],
+    shards: Annotated[str, typer.Argument(help="Shard set.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for figures and plots.")] = None,
+) -> None:
+    """Accuracy, per-class scores, confusion and calibration of a bundle."""
+    _evaluate(bundle, shards, split, out)
+
+
+@app.command()
+def predict(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, as runs/NAME/bundle.")],
+    images: Annotated[list[str], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+) -> None:
+    """Classify a few images at once, without a cluster."""
+    from cluster import storage
+    from inference.predictor import Predictor
+
+    predictor = Predictor(bundle)
+    for image in images:
+        if not storage.exists(image) or storage.is_dir(image):
+            raise UsageError(f"{image}: no such image file")
+    result = predictor.predict([storage.read_bytes(image) for image in images])
+    for image, error, probabilities in zip(images, result.errors, result.probabilities, strict=True):
+        if error is not None:
+            _warn(f"{image}: {error}")
+            continue
+        best = probabilities.argsort()[::-1][:top]
+        print(f"{image}: " + ", ".join(f"{predictor.info.classes[i]} {probabilities[i]:.1%}" for i in best))
+    if any(result.errors):
+        raise TilefleetError(f"{sum(map(bool, result.errors))} of {len(images)} images could not be classified")
+
+
+@app.command()
+def classify(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, as runs/NAME/bundle.")],
+    archives: Annotated[
+        list[str], typer.Argument(metavar="ARCHIVE... [KEY=VALUE]...", help="Tars or folders of tars.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder for the predictions; the same one resumes.")],
+) -> None:
+    """Classify archives of tiles, each tile exactly once; run it again to resume."""
+    from cluster import storage
+
+    settings = [text for text in archives if "=" in text and not storage.exists(text)]
+    _classify(bundle, [text for text in archives if text not in settings], out, settings)
+
+
+@app.command()
+def report(
+    location: Annotated[str, typer.Argument(help="Run folder or predictions folder.")],
+    out: Annotated[str | None, typer.Option("--out", "-o", help="The page to write.")] = None,
+) -> None:
+    """One self-contained HTML page about a run or about predictions."""
+    from inference.report import report
+
+    print(report(location, out))
+
+
+@app.command()
+def demo(
+    data: Annotated[str | None, typer.Option(help="Folder or zip of class folders; synthetic if not given.")] = None,
+    out: Annotated[str, typer.Option(help="Folder for all that the demo makes; new or empty.")] = "demo",
+) -> None:
+    """The whole flow on one machine: pack, train, evaluate, classify, report."""
+    from cluster import storage
+    from cluster.session import session
+    from configs.schema import load_recipe
+    from inference.report import report
+
+    if storage.exists(out) and any(Path(out).iterdir()):
+        raise UsageError(f"{out}: the folder is not empty; choose another with --out or remove it")
+    source, shards, predictions = data or f"{out}/raw", f"{out}/shards", f"{out}/predictions"
+    configs = Path(__file__).parent / "configs"
+    recipe = load_recipe(
+        configs / ("eurosat_cnn.yaml" if data else "demo.yaml"), [f"shards={shards}", f"runs={out}/runs"]
+    )
+    if not data:
+        from training.synthetic import write_tiles
+
+        with _progress() as show:
+            write_tiles(source, 300, progress=lambda stage, done, total: show(stage, done, total, ""))
+    pack(source, shards)
+    with session():
+        recipe = recipe.model_copy(update={"workers": min(recipe.workers, _cpus())})
+        _train(recipe, resume=False)
+        bundle = f"{recipe.run}/bundle"
+        _evaluate(bundle, shards, "test", None)
+        _classify(bundle, [f"{shards}/test"], predictions, [])
+    print(f"run page:         {report(recipe.run, None)}")
+    print(f"predictions page: {report(predictions, None)}")
+    print(f"predictions:      {predictions}/predictions/*.parquet")
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except TilefleetError as error:
+        if debug:
+            raise
+        print(f"tilefleet: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("tilefleet: stopped; what is finished is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def _train(recipe: Recipe, resume: bool) -> None:
+    from cluster.records import read_metrics
+    from training.evaluate import plot_curves
+    from training.train import train
+
+    with _progress() as show:
+
+        def follow(status: Status) -> None:
+            loss = "" if status.loss is None else f"loss {status.loss:.4f}"
+            accuracy = "" if status.accuracy is None else f" val {status.accuracy:.1%}"
+            epoch = f"epoch {status.epoch or 1}/{status.epochs}"
+            show(f"train, {epoch}", status.done_tiles, status.planned_tiles, loss + accuracy)
+
+        train(recipe, resume=resume, follow=follow)
+    rows = read_metrics(recipe.run)
+    plot_curves(rows, f"{recipe.run}/curves.png")
+    best = max(rows, key=lambda row: row["val_accuracy"] or 0.0)
+    accuracy = f"{best['val_accuracy']:.2%}" if best["val_accuracy"] is not None else "not measured"
+    print(f"{recipe.run}/bundle: validation accuracy {accuracy}, from epoch {best['epoch']} of {len(rows)}")
+
+
+def _evaluate(bundle: str, shards: str, split: str, out: str | None) -> None:
+    from training.evaluate import evaluate
+
+    with _progress() as show:
+        result = evaluate(
+            bundle, shards, split=split, out=out, progress=lambda done, total: show("evaluate", done, total, "")
+        )
+    width = max(len(name) for name in result["classes"])
+    print(f"{'class':{width}}  precision  recall      f1   tiles")
+    for name, row in result["per_class"].items():
+        print(f"{name:{width}}  {row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f} {row['support']:7d}")
+    print(f"accuracy on {split}: {result['accuracy']:.2%} of {result['tiles']} tiles")
+
+
+def _classify(bundle: str, archives: list[str], out: str, settings: list[str]) -> None:
+    from configs.schema import parse_overrides, validate
+    from inference.classify import ClassifyConfig, classify
+
+    if not archives:
+        raise UsageError("classify: no archive given; name tars or folders of tars")
+    config = validate(ClassifyConfig, parse_overrides(settings), "classify")
+    with _progress() as show:
+        totals = classify(
+            bundle, archives, out, config, progress=lambda stage, done, total: show(stage, done, total, "")
+        )
+    print(f"{out}: {totals.tiles} tiles, {totals.classified} classified, {totals.errors} errors")
+    for bad in totals.bad_archives:
+        _warn(f"{bad.archive}: {bad.reason}")
+    if totals.bad_archives:
+        raise TilefleetError(f"{out}: {len(totals.bad_archives)} archives are bad; what could be read is classified")
+    if not totals.classified:
+        raise TilefleetError(f"{out}: no tile could be classified; the error column says why")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A line with done, total, rate and time left for each stage; quiet where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:,.0f}/s" if speed else "")
+
+    stage, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    console = Console(stderr=True)
+    with Progress(
+        stage,
+        BarColumn(16),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeLeft(),
+        note,
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int, note: str) -> None:
+            kind = stage.partition(",")[0]
+            if kind not in tasks:
+                tasks[kind] = progress.add_task(stage, total=total, note=note)
+            progress.update(tasks[kind], description=stage, completed=done, total=total, note=note)
+
+        yield show
+
+
+def _cpus() -> int:
+    from cluster.session import available_cpus
+
+    return available_cpus()
+
+
+def _warn(line: str) -> None:
+    print(f"tilefleet: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
