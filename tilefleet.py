@@ -1,25 +1,22 @@
 """The front door of tilefleet: one command line, a sub-command a verb.
 
-Raw tiles become shards (pack), shards a model (train, evaluate), archives of tiles a table of classes (classify, report);
-``tilefleet demo`` runs all of it. Exit codes: 0 done; 1 the work failed or data is bad; 2 the command line or a config is
-wrong. Results go to stdout, progress and problems to stderr.
+Raw tiles become shards (pack), shards a model (train, evaluate), archives of tiles a table of classes (classify,
+report); ``tilefleet demo`` runs all of it. Exit codes: 0 done; 1 the work failed or data is bad; 2 the command line
+or a config is wrong. Results go to stdout, progress and problems to stderr.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.terminal import progress_line, warn
 from configs.errors import TilefleetError, UsageError
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from cluster.records import Status
     from configs.schema import Recipe
 
@@ -54,7 +51,7 @@ def pack(
         raise UsageError(f"--split {split}: three numbers are needed, as 80,10,10") from error
     if len(shares) != 3:
         raise UsageError(f"--split {split}: three numbers are needed, as 80,10,10")
-    with _progress() as show:
+    with progress_line() as show:
         index = pack(
             source,
             out,
@@ -67,11 +64,11 @@ def pack(
             progress=lambda stage, done, total: show(stage, done, total, ""),
         )
     for line in index.packed.get("warnings", []):
-        _warn(line)
+        warn(line)
     for reason, count in index.packed["left_out"].items():
-        _warn(f"{count} files left out: {reason}")
+        warn(f"{count} files left out: {reason}")
     for entry in index.packed.get("damaged", []):
-        _warn(f"left out: {entry['source']}: {entry['reason']}")
+        warn(f"left out: {entry['source']}: {entry['reason']}")
     counts = ", ".join(f"{name} {index.tiles(name)}" for name in index.splits)
     print(f"{out}: {sum(map(index.tiles, index.splits))} tiles of {len(index.classes)} classes ({counts})")
 
@@ -141,7 +138,7 @@ def predict(
     result = predictor.predict([storage.read_bytes(image) for image in images])
     for image, error, probabilities in zip(images, result.errors, result.probabilities, strict=True):
         if error is not None:
-            _warn(f"{image}: {error}")
+            warn(f"{image}: {error}")
             continue
         best = probabilities.argsort()[::-1][:top]
         print(f"{image}: " + ", ".join(f"{predictor.info.classes[i]} {probabilities[i]:.1%}" for i in best))
@@ -185,23 +182,25 @@ def demo(
     from cluster.session import session
     from configs.schema import load_recipe
     from inference.report import report
+    from training.shards import INDEX, load_index
+    from training.synthetic import write_tiles
 
-    if storage.exists(out) and any(Path(out).iterdir()):
-        raise UsageError(f"{out}: the folder is not empty; choose another with --out or remove it")
     source, shards, predictions = data or f"{out}/raw", f"{out}/shards", f"{out}/predictions"
     configs = Path(__file__).parent / "configs"
     recipe = load_recipe(
         configs / ("eurosat_cnn.yaml" if data else "demo.yaml"), [f"shards={shards}", f"runs={out}/runs"]
     )
-    if not data:
-        from training.synthetic import write_tiles
-
-        with _progress() as show:
-            write_tiles(source, 300, progress=lambda stage, done, total: show(stage, done, total, ""))
-    pack(source, shards)
+    if storage.exists(f"{shards}/{INDEX}"):  # an earlier demo that was stopped goes on
+        if load_index(shards).packed["source"] != Path(source).name:
+            raise UsageError(f"{out}: holds a demo of other tiles; choose another folder with --out or remove it")
+    else:
+        if not data:
+            with progress_line() as show:
+                write_tiles(source, 300, progress=lambda stage, done, total: show(stage, done, total, ""))
+        pack(source, shards)
     with session():
         recipe = recipe.model_copy(update={"workers": min(recipe.workers, _cpus())})
-        _train(recipe, resume=False)
+        _train(recipe, resume=True)
         bundle = f"{recipe.run}/bundle"
         _evaluate(bundle, shards, "test", None)
         _classify(bundle, [f"{shards}/test"], predictions, [])
@@ -219,10 +218,10 @@ def main() -> None:
     except TilefleetError as error:
         if debug:
             raise
-        print(f"tilefleet: {error}", file=sys.stderr)
+        warn(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("tilefleet: stopped; what is finished is kept", file=sys.stderr)
+        warn("stopped; what is finished is kept")
         sys.exit(130)
 
 
@@ -231,7 +230,7 @@ def _train(recipe: Recipe, resume: bool) -> None:
     from training.evaluate import plot_curves
     from training.train import train
 
-    with _progress() as show:
+    with progress_line() as show:
 
         def follow(status: Status) -> None:
             loss = "" if status.loss is None else f"loss {status.loss:.4f}"
@@ -250,7 +249,7 @@ def _train(recipe: Recipe, resume: bool) -> None:
 def _evaluate(bundle: str, shards: str, split: str, out: str | None) -> None:
     from training.evaluate import evaluate
 
-    with _progress() as show:
+    with progress_line() as show:
         result = evaluate(
             bundle, shards, split=split, out=out, progress=lambda done, total: show("evaluate", done, total, "")
         )
@@ -268,63 +267,23 @@ def _classify(bundle: str, archives: list[str], out: str, settings: list[str]) -
     if not archives:
         raise UsageError("classify: no archive given; name tars or folders of tars")
     config = validate(ClassifyConfig, parse_overrides(settings), "classify")
-    with _progress() as show:
+    with progress_line() as show:
         totals = classify(
             bundle, archives, out, config, progress=lambda stage, done, total: show(stage, done, total, "")
         )
     print(f"{out}: {totals.tiles} tiles, {totals.classified} classified, {totals.errors} errors")
     for bad in totals.bad_archives:
-        _warn(f"{bad.archive}: {bad.reason}")
+        warn(f"{bad.archive}: {bad.reason}")
     if totals.bad_archives:
         raise TilefleetError(f"{out}: {len(totals.bad_archives)} archives are bad; what could be read is classified")
     if not totals.classified:
         raise TilefleetError(f"{out}: no tile could be classified; the error column says why")
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
-    """A line with done, total, rate and time left for each stage; quiet where stderr is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed:,.0f}/s" if speed else "")
-
-    stage, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-    console = Console(stderr=True)
-    with Progress(
-        stage,
-        BarColumn(16),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeLeft(),
-        note,
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int, note: str) -> None:
-            kind = stage.partition(",")[0]
-            if kind not in tasks:
-                tasks[kind] = progress.add_task(stage, total=total, note=note)
-            progress.update(tasks[kind], description=stage, completed=done, total=total, note=note)
-
-        yield show
-
-
 def _cpus() -> int:
     from cluster.session import available_cpus
 
     return available_cpus()
-
-
-def _warn(line: str) -> None:
-    print(f"tilefleet: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ class OptimizerConfig(Config):
 
 
 class ScheduleConfig(Config):
-    """How the learning rate moves over the run; ``warmup`` is the share of all steps with a linear rise from zero."""
+    """How the learning rate moves over the run, after a linear rise from zero over the first ``warmup`` steps."""
 
     name: Literal["constant", "cosine"] = "cosine"
-    warmup: float = Field(default=0.0, ge=0, lt=1)
+    warmup: int = Field(default=100, ge=0)
 
 
 class CheckpointConfig(Config):

@@ -22,9 +22,8 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Opt
 
 def rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
     """The share of the full learning rate at global ``step`` of ``steps``: a linear warm-up, then the schedule."""
-    warmup = round(schedule.warmup * steps)
-    if step < warmup:
-        return (step + 1) / warmup
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
     if schedule.name == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - schedule.warmup) / max(1, steps - schedule.warmup)))

@@ -1,0 +1,55 @@
+"""What a person sees while long work runs: one line a stage with done, total, rate and time left, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+Show = Callable[[str, int, int, str], None]
+"""``show(stage, done, total, note)``; what follows a comma in ``stage`` may change from call to call."""
+
+
+@contextmanager
+def progress_line() -> Iterator[Show]:
+    """Shows each stage on a line of its own; quiet where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:,.0f}/s" if speed else "")
+
+    stage, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    console = Console(stderr=True)
+    with Progress(
+        stage,
+        BarColumn(16),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeLeft(),
+        note,
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int, note: str) -> None:
+            kind = stage.partition(",")[0]
+            if kind not in tasks:
+                tasks[kind] = progress.add_task(stage, total=total, note=note)
+            progress.update(tasks[kind], description=stage, completed=done, total=total, note=note)
+
+        yield show
+
+
+def warn(line: str) -> None:
+    """Tell of a problem, or of why the work ended, on stderr."""
+    print(f"tilefleet: {line}", file=sys.stderr)
