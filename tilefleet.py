@@ -25,6 +25,7 @@ app = typer.Typer(
     epilog="Add --debug to any command for the stack trace of an error.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -40,9 +41,14 @@ def pack(
     tiles_per_shard: Annotated[int, typer.Option(min=1, help="Tiles in one tar.")] = 1000,
     size: Annotated[int | None, typer.Option(min=8, help="Resize tiles to SIZE x SIZE pixels.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; all cores if not given.")] = None,
-    skip_damaged: Annotated[bool, typer.Option(help="Leave damaged images out, and list them in the index.")] = False,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave damaged images out, and list them in the index.")
+    ] = False,
 ) -> None:
-    """Raw labelled tiles to shards, with splits that do not leak."""
+    """Turn raw labelled tiles into shards.
+
+    Tiles with equal pixels never land in two splits.
+    """
     from training.pack import pack
 
     try:
@@ -75,7 +81,10 @@ def pack(
 
 @app.command()
 def verify(location: Annotated[str, typer.Argument(help="Shard set, tar, or folder of tars.")]) -> None:
-    """Find every damaged shard; exit code 1 and a line each if there is one."""
+    """Find every damaged shard.
+
+    Exit code 1, and a line for each problem, if there is one.
+    """
     from training.shards import verify
 
     problems = verify(location)
@@ -91,11 +100,12 @@ def show(
     location: Annotated[str, typer.Argument(help="Shard set, tar or folder of images.")],
     out: Annotated[str, typer.Option("--out", "-o", help="The picture to write.")] = "grid.png",
     tiles: Annotated[int, typer.Option(min=1, help="How many tiles to draw.")] = 64,
+    split: Annotated[str | None, typer.Option(help="train, val or test; all if not given.")] = None,
 ) -> None:
-    """Draw a contact sheet of tiles with their labels."""
+    """Draw a contact sheet of labelled tiles."""
     from training.show import contact_sheet
 
-    print(f"{out}: {contact_sheet(location, out, tiles=tiles)} tiles")
+    print(f"{out}: {contact_sheet(location, out, tiles=tiles, split=split)} tiles")
 
 
 @app.command()
@@ -104,7 +114,10 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run where it stopped.")] = False,
 ) -> None:
-    """Train a model with DDP workers; leaves a run folder with its bundle."""
+    """Train a model with DDP workers.
+
+    Leaves a run folder with checkpoints, curves and the model bundle.
+    """
     from configs.schema import load_recipe
 
     _train(load_recipe(recipe, overrides or []), resume)
@@ -117,7 +130,10 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for figures and plots.")] = None,
 ) -> None:
-    """Accuracy, per-class scores, confusion and calibration of a bundle."""
+    """Measure a bundle on a labelled split.
+
+    Accuracy, per-class scores, confusion and calibration, as numbers and plots.
+    """
     _evaluate(bundle, shards, split, out)
 
 
@@ -127,7 +143,7 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
 ) -> None:
-    """Classify a few images at once, without a cluster."""
+    """Classify a few images, without a cluster."""
     from cluster import storage
     from inference.predictor import Predictor
 
@@ -154,7 +170,10 @@ def classify(
     ],
     out: Annotated[str, typer.Option(help="Folder for the predictions; the same one resumes.")],
 ) -> None:
-    """Classify archives of tiles, each tile exactly once; run it again to resume."""
+    """Classify archives of tiles, each tile once.
+
+    Stopped or killed, the same command goes on where it was.
+    """
     from cluster import storage
 
     settings = [text for text in archives if "=" in text and not storage.exists(text)]
@@ -166,7 +185,7 @@ def report(
     location: Annotated[str, typer.Argument(help="Run folder or predictions folder.")],
     out: Annotated[str | None, typer.Option("--out", "-o", help="The page to write.")] = None,
 ) -> None:
-    """One self-contained HTML page about a run or about predictions."""
+    """Make the HTML page of a run or of predictions."""
     from inference.report import report
 
     print(report(location, out))
@@ -177,7 +196,10 @@ def demo(
     data: Annotated[str | None, typer.Option(help="Folder or zip of class folders; synthetic if not given.")] = None,
     out: Annotated[str, typer.Option(help="Folder for all that the demo makes; new or empty.")] = "demo",
 ) -> None:
-    """The whole flow on one machine: pack, train, evaluate, classify, report."""
+    """Run the whole flow on one machine.
+
+    Pack, train, evaluate, classify and report, over one Ray.
+    """
     from cluster import storage
     from cluster.session import session
     from configs.schema import load_recipe
@@ -214,7 +236,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
+        app(prog_name="tilefleet")
     except TilefleetError as error:
         if debug:
             raise

@@ -112,7 +112,7 @@ def open_input(location: str | Path) -> IO[bytes]:
 
 
 def write_bytes(location: str | Path, data: bytes) -> None:
-    """Write a whole file so that a reader sees the old one or the new one, never a part.
+    """Write a whole file, and the folders above it, so that a reader sees the old one or the new one, never a part.
 
     Raises :class:`TilefleetError` where the disk is full or the place cannot be written.
     """
@@ -127,6 +127,7 @@ def write_bytes(location: str | Path, data: bytes) -> None:
         return
     target = _local(location)
     with clear_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:

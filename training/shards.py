@@ -1,17 +1,17 @@
 """The shard contract: what ``pack`` leaves behind, how it is read by offset, how damage is found.
 
-A shard set is a folder with ``index.json``, ``tiles.parquet`` and ``{train,val,test}/shard-000000.tar``. Every tile is checked
-against its sha256 as it is read. ``tilefleet verify`` finds each damaged shard, and each damaged tar of any other origin.
+A shard set is a folder with ``index.json``, ``tiles.parquet`` and ``{train,val,test}/shard-000000.tar``. Every tile is
+checked against its sha256 as it is read. ``tilefleet verify`` finds each damaged shard, and each damaged foreign tar.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tarfile
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,9 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from training.decode import TileError, decode_image, is_image_name
+from training.tars import Member as Member  # inference reads tars through this module
+from training.tars import scan_tar as scan_tar
 
 INDEX = "index.json"
 TILES = "tiles.parquet"
+MARKER = ".packing"  # stands in a set that is not finished
 SPLITS = ("train", "val", "test")
 TILES_SCHEMA = pa.schema(
     [
@@ -63,6 +66,11 @@ class Index(BaseModel):
     splits: dict[str, list[Shard]]
     tiles_sha256: str
     packed: dict[str, Any]
+    digest: str = ""
+
+    def own_digest(self) -> str:
+        """sha256 over everything else in the file, as canonical JSON."""
+        return hashlib.sha256(json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True).encode()).hexdigest()
 
     def tiles(self, split: str) -> int:
         """Tiles in ``split``."""
@@ -80,37 +88,29 @@ class Problem:
         return f"{self.location}: {self.what}"
 
 
-@dataclass(frozen=True)
-class Member:
-    """One file in a tar. ``start`` and ``end`` bound its headers and padded data; ``offset`` and ``size`` its bytes."""
-
-    name: str
-    start: int
-    offset: int
-    size: int
-    end: int
-    refused: str | None
-
-
-@dataclass(frozen=True)
-class TarScan:
-    """All members of a tar that can be reached, and what is wrong with the rest of it (None for a whole tar)."""
-
-    members: list[Member]
-    damage: str | None
-
-
 def load_index(root: str | Path) -> Index:
     """The index of a shard set; raises where there is none or it is damaged."""
     location = storage.join(root, INDEX)
     if not storage.exists(root):
         raise UsageError(f"{root}: no such shard set")
     if not storage.exists(location):
+        if storage.exists(storage.join(root, MARKER)):
+            raise TilefleetError(f"{root}: packing was stopped before its end; run the same `tilefleet pack` again")
         raise TilefleetError(f"{root}: not a shard set, {INDEX} is missing; make one with `tilefleet pack`")
     try:
-        return Index.model_validate_json(storage.read_bytes(location))
+        index = Index.model_validate_json(storage.read_bytes(location))
     except ValidationError as error:
         raise TilefleetError(f"{location}: damaged ({error.error_count()} fields wrong); pack again") from error
+    if index.digest and index.digest != index.own_digest():
+        raise TilefleetError(f"{location}: changed since it was packed; use another copy or pack again")
+    return index
+
+
+def save_index(root: str | Path, index: Index) -> Index:
+    """Write ``index.json`` with its digest; returns the index as written."""
+    index = index.model_copy(update={"digest": index.own_digest()})
+    storage.write_bytes(storage.join(root, INDEX), index.model_dump_json(indent=1).encode())
+    return index
 
 
 def fingerprint(root: str | Path) -> str:
@@ -120,9 +120,13 @@ def fingerprint(root: str | Path) -> str:
 
 def load_tiles(root: str | Path, split: str | None = None) -> pa.Table:
     """The rows of ``tiles.parquet`` in shard order, of one split or of all (:data:`TILES_SCHEMA`)."""
-    data = storage.read_bytes(storage.join(root, TILES))
-    if hashlib.sha256(data).hexdigest() != load_index(root).tiles_sha256:
-        raise TilefleetError(f"{storage.join(root, TILES)}: changed since it was packed; run `tilefleet verify {root}`")
+    index = load_index(root)
+    location = storage.join(root, TILES)
+    if not storage.exists(location):
+        raise TilefleetError(f"{location}: missing; copy the shard set again or pack again")
+    data = storage.read_bytes(location)
+    if hashlib.sha256(data).hexdigest() != index.tiles_sha256:
+        raise TilefleetError(f"{location}: changed since it was packed; copy the shard set again or pack again")
     table = pq.read_table(pa.BufferReader(data))
     return table if split is None else table.filter(pc.equal(table["split"], split))
 
@@ -163,52 +167,14 @@ class TileReader:
         return data
 
 
-def scan_tar(stream: IO[bytes]) -> TarScan:
-    """List the files of a seekable, uncompressed tar without reading their data.
-
-    Unlike stock readers it says so when the tar is cut or a header is damaged, at whatever byte. Members that must
-    not be trusted (links, devices, absolute names, names with ``..``) are listed with ``refused`` set.
-    """
-    total = stream.seek(0, 2)
-    stream.seek(0)
-    if total == 0:
-        return TarScan([], "archive is empty (0 bytes)")
-    members: list[Member] = []
-    end = 0
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            while info := tar.next():
-                end = info.offset_data + (-(-info.size // 512) * 512 if info.isreg() else 0)
-                if not info.isdir():
-                    refused = _why_refused(info) or (
-                        "cut short inside its data" if info.offset_data + info.size > total else None
-                    )
-                    members.append(Member(info.name, info.offset, info.offset_data, info.size, end, refused))
-                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the archive
-    except tarfile.TarError as error:
-        if not members:
-            return TarScan([], f"not a tar archive, or its first header is damaged ({error})")
-    except (OSError, UnicodeError, ValueError, OverflowError) as error:
-        return TarScan(members, f"damaged after byte {end} ({error})")
-    if end > total:
-        return TarScan(members, f"cut short at byte {total}, inside {members[-1].name}" if members else "cut short")
-    stream.seek(end)
-    mark = stream.read(1024)
-    if mark == bytes(1024):
-        return TarScan(members, None)
-    if len(mark) < 512 or not mark.strip(b"\0"):
-        return TarScan(members, f"cut short at byte {total}: the end mark is missing")
-    return TarScan(members, f"damaged header at byte {end}; {total - end} bytes after it cannot be reached")
-
-
 def verify(location: str | Path) -> list[Problem]:
     """Everything wrong with a shard set, a tar or a folder of tars of any origin; empty where all is whole."""
     if not storage.exists(location):
         raise UsageError(f"{location}: no such file or folder")
     if not storage.is_dir(location):
         return list(_verify_tar(str(location)))
-    if storage.exists(storage.join(location, INDEX)):
-        return list(_verify_set(str(location)))
+    if storage.exists(storage.join(location, INDEX)) or storage.exists(storage.join(location, MARKER)):
+        return list(_verify_set(storage.absolute(location)))
     tars = [name for name in storage.list_files(location, recursive=True) if name.lower().endswith(".tar")]
     if not tars:
         return [Problem(str(location), f"holds neither {INDEX} nor a tar archive")]
@@ -219,7 +185,7 @@ def _verify_set(root: str) -> Iterator[Problem]:
     try:
         index = load_index(root)
         table = load_tiles(root)
-    except (TilefleetError, pa.ArrowInvalid, OSError) as error:
+    except TilefleetError as error:
         yield Problem(root, str(error).removeprefix(f"{root}: "))
         return
     known = {shard.name: shard for shards in index.splits.values() for shard in shards}
@@ -273,16 +239,3 @@ def _verify_tar(location: str) -> Iterator[Problem]:
                     yield Problem(location, f"member {member.name!r}: {error}")
         if not images and not scan.damage:
             yield Problem(location, "holds no images")
-
-
-def _why_refused(info: tarfile.TarInfo) -> str | None:
-    if info.issym() or info.islnk():
-        return "is a link; links are not followed"
-    if not info.isreg():
-        return "is not a regular file"
-    path = PurePosixPath(info.name)
-    if path.is_absolute():
-        return "has an absolute name"
-    if ".." in path.parts:
-        return "has a name that leaves the archive"
-    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from configs.errors import TilefleetError
 from configs.schema import Recipe
 from training.bundle import load_bundle
 from training.loop import Trainer
+from training.shards import load_tiles
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -118,12 +120,11 @@ def test_bf16_trains(small_recipe: dict[str, Any]) -> None:
 
 
 def test_a_changed_shard_stops_the_run_and_is_named(small_recipe: dict[str, Any], shards: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     shard = copy / "train" / "shard-000000.tar"
+    tile = load_tiles(copy, "train").slice(0, 1).to_pylist()[0]
     data = bytearray(shard.read_bytes())
-    data[700] ^= 1
+    data[tile["offset"] + tile["size"] // 2] ^= 1
     shard.write_bytes(data)
     with pytest.raises(TilefleetError, match=r"shard-000000\.tar: tile .* changed"):
         Trainer(recipe(small_recipe, shards=str(copy)), CPU).fit()

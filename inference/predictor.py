@@ -1,0 +1,91 @@
+"""A bundle and encoded tiles become classes, in plain PyTorch, without Ray.
+
+Encoded images come in, class, confidence and probabilities go out. Tiles are decoded and classified in batches, so
+memory is bounded and the same tiles in the same order give the same bits on the same kind of processor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from configs.errors import UsageError
+from training.augment import normalise
+from training.bundle import load_bundle
+from training.decode import decode_tiles
+
+ENGINES = {"cpu": "torch-f32", "cuda": "torch-bf16"}
+"""Device -> the name of what computes there, as written in a plan."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of N tiles. One with an error has class -1, the rest 0, and is not unknown."""
+
+    class_id: npt.NDArray[np.int32]  # [N]
+    confidence: npt.NDArray[np.float32]  # [N], the largest probability
+    probabilities: npt.NDArray[np.float32]  # [N, classes], softmax(logits / temperature)
+    is_unknown: npt.NDArray[np.bool_]  # [N], confidence below the bundle's threshold
+    errors: list[str | None]  # why a tile could not be decoded: ``cause`` or ``cause: detail``
+    seconds: dict[str, float]  # by stage: decode, forward
+
+
+class Predictor:
+    """The model of a bundle, ready on a device: float32 on the CPU, bfloat16 autocast on a GPU.
+
+    ``device`` is ``cpu``, ``cuda`` or ``auto``, which takes a GPU where there is one. ``threads`` sets PyTorch's
+    threads for this process. Raises :class:`UsageError` for a missing device, and what ``load_bundle`` raises.
+    """
+
+    def __init__(self, bundle: str, device: str = "auto", batch_size: int = 256, threads: int | None = None) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device not in ENGINES or (device == "cuda" and not torch.cuda.is_available()):
+            raise UsageError(f"device {device!r}: not available here; choose auto or cpu")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model, self.info = load_bundle(bundle)
+        self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = device
+        self.engine = ENGINES[device]
+        self.batch_size = batch_size
+
+    def predict(self, encoded: Sequence[bytes]) -> Predictions:
+        """Classify encoded images; one that cannot be decoded gets an error and does not disturb the others."""
+        probabilities = np.zeros((len(encoded), len(self.info.classes)), dtype=np.float32)
+        errors: list[str | None] = []
+        seconds = {"decode": 0.0, "forward": 0.0}
+        for start in range(0, len(encoded), self.batch_size):
+            batch = encoded[start : start + self.batch_size]
+            began = time.perf_counter()
+            pixels, causes = decode_tiles(batch, self.info.tile_size)
+            decoded = time.perf_counter()
+            probabilities[start : start + len(batch)] = self._forward(pixels)
+            seconds["decode"] += decoded - began
+            seconds["forward"] += time.perf_counter() - decoded
+            errors += causes
+        failed = np.array([error is not None for error in errors], dtype=bool)
+        probabilities[failed] = 0
+        confidence = probabilities.max(axis=1)
+        return Predictions(
+            class_id=np.where(failed, -1, probabilities.argmax(axis=1)).astype(np.int32),
+            confidence=confidence,
+            probabilities=probabilities,
+            is_unknown=~failed & ~(confidence >= self.info.unknown_threshold),  # so NaN is unknown
+            errors=errors,
+            seconds=seconds,
+        )
+
+    def _forward(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
+        on_gpu = self.device == "cuda"
+        with torch.inference_mode(), torch.autocast(self.device, dtype=torch.bfloat16, enabled=on_gpu):
+            images = normalise(pixels.to(self.device), self.info.mean, self.info.std)
+            logits = self.model(images).float()
+            probabilities = torch.softmax(logits / self.info.temperature, dim=1)
+        array: npt.NDArray[np.float32] = probabilities.cpu().numpy()
+        return array

@@ -1,0 +1,341 @@
+"""The pages about runs and predictions: complete, self-contained, and safe with any names in the data."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cluster.records import StatusWriter, append_metrics
+from configs.errors import TilefleetError, UsageError
+from configs.schema import Recipe
+from inference import archive, sink
+from inference.report import EXAMPLES_OF_A_CLASS, LEAST_CONFIDENT, Tally, report
+from training import models
+from training.bundle import BundleInfo, save_bundle
+from training.evaluate import evaluate, plot_curves
+from training.pack import pack
+
+CLASSES = ["Field", "Lake <i>", "Town"]
+VOID = {"meta", "img", "br", "rect", "path"}
+
+
+class Page(HTMLParser):
+    """A page that was read: its text, its pictures' alt texts, and every attribute that could load something."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.text, self.alts, self.loads, self.open, self.tags = "", [], [], [], set()
+        self.feed(Path(path).read_text())
+        assert self.open == [], "tags left open"
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.add(tag)
+        self.loads += [values[name] for name in ("src", "href", "srcset", "data", "action") if name in values]
+        if tag == "img":
+            assert values["alt"]
+            self.alts.append(values["alt"])
+        if tag == "html":
+            assert values["lang"] == "en"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += f" {data}"
+
+    def assert_self_contained(self) -> None:
+        assert not self.tags & {"script", "link", "iframe", "object", "a", "i"}
+        assert all(str(load).startswith("data:image/") for load in self.loads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train_run(folder)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> str:
+    """A copy of the trained run and its shards, free to be damaged."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    evaluation = tmp_path / "runs" / "first" / "evaluation" / "evaluation.json"
+    evaluation.write_text(evaluation.read_text().replace(str(trained), str(tmp_path)))
+    return str(tmp_path / "runs" / "first")
+
+
+def test_a_page_about_predictions_counts_shows_and_names(tmp_path: Path) -> None:
+    out = predictions(tmp_path, finished=True)
+
+    page = Page(report(out))
+
+    assert (tmp_path / "out" / "report.html").exists()
+    page.assert_self_contained()
+    for words in (
+        "out done",
+        "tiles 42 classified 40",
+        "unknown 5 12.5%",
+        "errors 2 4.76%",
+        "tiles a second 1,234",
+        "Lake <i> 14 35.0%",
+        "engine torch-f32",
+        "not an image 1 tile",
+        "image file over the limit 1 tile",
+        "image file over the limit: 99 bytes, 9 allowed",
+        "torn.tar cut short at byte 7",
+        "forward 2.0 s",
+    ):
+        assert words in page.text
+    assert "Not finished" not in page.text
+    assert len(page.alts) == 24 + 3 * 6
+    assert page.alts[0] == "Tile a/tile-0: Field"
+
+
+def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path: Path) -> None:
+    out = predictions(tmp_path, finished=False)
+
+    page = Page(report(out, str(tmp_path / "page.html")))
+
+    page.assert_self_contained()
+    assert "out failed" in page.text
+    assert "Not finished: 20 of 42 tiles are done (47.6%), in 1 of 2 chunks" in page.text
+    assert "the disk is full" in page.text
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_run_that_has_only_a_plan_has_a_page(tmp_path: Path) -> None:
+    out = predictions(tmp_path, finished=False)
+    (tmp_path / "out" / "predictions" / "part-000000.parquet").unlink()
+    (tmp_path / "out" / "status.json").unlink()
+
+    page = Page(report(out))
+
+    assert "Not finished: 0 of 42 tiles are done" in page.text
+    assert "No tile is classified yet" in page.text
+
+
+def test_archives_that_are_gone_are_named_instead_of_shown(tmp_path: Path) -> None:
+    out = predictions(tmp_path, finished=True)
+    (tmp_path / "archives" / "a.tar").unlink()
+
+    page = Page(report(out))
+
+    assert page.alts == []
+    assert "a.tar: cannot be read" in page.text
+
+
+def test_parts_that_were_taken_away_are_noticed(tmp_path: Path) -> None:
+    out = predictions(tmp_path, finished=True)
+    (tmp_path / "out" / "predictions" / "part-000001.parquet").unlink()
+
+    assert "The parts hold 20 tiles, but 42 were planned" in Page(report(out)).text
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    out = predictions(tmp_path, finished=True)
+    part = tmp_path / "out" / "predictions" / "part-000001.parquet"
+    part.write_bytes(part.read_bytes()[:-20])
+
+    with pytest.raises(TilefleetError, match=r"part-000001\.parquet: damaged"):
+        report(out)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1, width=32), st.booleans()), max_size=80), st.integers(1, 80)
+)
+def test_the_tally_of_parts_is_that_of_all_rows(tiles: list[tuple[int, float, bool]], part_size: int) -> None:
+    tally = Tally()
+    for start in range(0, len(tiles), part_size):
+        part = tiles[start : start + part_size]
+        ids = [f"{number:03d}" for number in range(start, start + len(part))]
+        tally.add(str(start), rows(ids, part))
+
+    good = [(confidence, class_id) for class_id, confidence, failed in tiles if not failed]
+    assert tally.histogram.sum() == len(good)
+    assert tally.causes.total() == len(tiles) - len(good)
+    assert [tile.confidence for tile in tally.least] == sorted(confidence for confidence, _ in good)[:LEAST_CONFIDENT]
+    for number, name in enumerate(CLASSES):
+        best = sorted((confidence for confidence, class_id in good if class_id == number), reverse=True)
+        assert [tile.confidence for tile in tally.most.get(name, [])] == best[:EXAMPLES_OF_A_CLASS]
+
+
+def test_a_page_about_a_run_shows_scores_curves_and_examples(run: str) -> None:
+    page = Page(report(run))
+
+    page.assert_self_contained()
+    for words in (
+        "first done",
+        "test accuracy 33.33% 6 tiles",
+        "best val accuracy 75.00% epoch 2",
+        "model cnn 16 px, 3 classes",
+        "epochs 2 of 3",
+        "Lake <i> 33.3% 100.0% 50.0% 2",
+        "Expected calibration error",
+        "label_smoothing: 0.1",
+    ):
+        assert words in page.text
+    assert sum(alt.endswith("taken for Lake <i>") for alt in page.alts) == 4
+    assert sum(alt.startswith("Loss and accuracy") or alt.startswith("Confusion matrix") for alt in page.alts) == 2
+    assert len(page.alts) == 2 + 4 + 1
+
+
+def test_shards_that_are_gone_or_packed_anew_are_said_so(run: str) -> None:
+    index = Path(run, "../../shards") / "index.json"
+
+    index.write_text(index.read_text() + "\n")
+    assert "packed anew since the evaluation" in Page(report(run)).text
+    index.unlink()
+    page = Page(report(run))
+    assert "shards are gone or changed" in page.text
+    assert len(page.alts) == 2
+
+
+def test_a_run_that_has_just_started_has_a_page(tmp_path: Path) -> None:
+    write_config(tmp_path / "run")
+
+    page = Page(report(str(tmp_path / "run")))
+
+    page.assert_self_contained()
+    assert "not started" in page.text
+    assert "No epoch is finished yet" in page.text
+    assert "Not evaluated yet" in page.text
+
+
+@pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "config.yaml", "evaluation/evaluation.json"])
+def test_a_damaged_record_is_an_error_of_one_line(run: str, name: str) -> None:
+    Path(run, name).write_text('{"half": [')
+
+    with pytest.raises(TilefleetError, match="first: a record in it is damaged") as caught:
+        report(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_neither_run_nor_predictions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        report(str(tmp_path / "missing"))
+    with pytest.raises(UsageError, match="neither a run"):
+        report(str(tmp_path))
+    write_config(tmp_path / "run")
+    with pytest.raises(UsageError, match="is a folder; name the HTML file"):
+        report(str(tmp_path / "run"), str(tmp_path))
+
+
+def predictions(folder: Path, *, finished: bool) -> str:
+    """One tar of 42 tiles in chunks of 20 and 22; the first two tiles of the second chunk are errors."""
+    (folder / "archives").mkdir()
+    tar_path, out = folder / "archives" / "a.tar", str(folder / "out")
+    with tarfile.open(tar_path, "w") as tar:
+        for number in range(42):
+            member = tarfile.TarInfo(f"a/tile-{number}.png")
+            member.size = len(png(number))
+            tar.addfile(member, io.BytesIO(png(number)))
+    first, rest = archive.plan([str(tar_path)], 20).chunks[0], archive.plan([str(tar_path)], 20).chunks[1:]
+    second = archive.Chunk("000001", str(tar_path), first.end, rest[-1].end, 22, first.archive_bytes)
+    bad = archive.BadArchive("torn.tar", "cut short at byte 7")
+    terms = archive.Terms(
+        bundle_digest="0",
+        archives=(str(tar_path),),
+        tiles_per_chunk=20,
+        batch_size=256,
+        probabilities=False,
+        engine="torch-f32",
+        threads=1,
+    )
+    archive.write_plan(out, archive.Plan([first, second], [bad]), terms)
+    for chunk, numbers in ((first, range(20)), (second, range(20, 42)))[: 2 if finished else 1]:
+        tiles = [(n % 3, n / 42, False) for n in numbers]
+        table = rows(
+            [f"a/tile-{n}" for n in numbers],
+            tiles,
+            {20: "not an image", 21: "image file over the limit: 99 bytes, 9 allowed"},
+        )
+        sink.write_part(out, chunk.id, table, sink.summarise(table, {}, {"read": 0.5, "forward": 1.0}))
+    status = StatusWriter(out, "classify", planned_tiles=42)
+    status.finish("done" if finished else "failed", None if finished else "the disk is full")
+    if finished:
+        totals = {"tiles": 42, "seconds": 3.0, "tiles_per_second": 1234.0}
+        (folder / "out" / "_SUCCESS.json").write_text(json.dumps(totals))
+    return out
+
+
+def rows(
+    tile_ids: Sequence[str], tiles: Sequence[tuple[int, float, bool]], errors: dict[int, str] | None = None
+) -> pa.Table:
+    """Prediction rows from (class, confidence, failed); below 0.1 is unknown. ``errors`` are by number of the tile."""
+    by_id = {f"a/tile-{number}": error for number, error in (errors or {}).items()}
+    return sink.make_table(
+        "a.tar",
+        list(tile_ids),
+        [by_id.get(i, "torn: here" if tile[2] else None) for i, tile in zip(tile_ids, tiles, strict=True)],
+        np.array([tile[0] for tile in tiles], np.int32),
+        np.array([tile[1] for tile in tiles], np.float32),
+        np.array([tile[1] < 0.1 for tile in tiles], bool),
+        CLASSES,
+    )
+
+
+def train_run(folder: Path) -> None:
+    """A run whose model takes every tile for class 1, evaluated on two tiles of each of the three classes."""
+    for number, name in enumerate(CLASSES):
+        (folder / "raw" / name).mkdir(parents=True)
+        for tile in range(4):
+            (folder / "raw" / name / f"{tile}.png").write_bytes(png(10 * number + tile))
+    pack(str(folder / "raw"), str(folder / "shards"), split=(50, 0, 50))
+    run = write_config(folder / "runs" / "first")
+    status = StatusWriter(run, "train", planned_tiles=12)
+    for epoch, accuracy in ((1, 0.5), (2, 0.75)):
+        append_metrics(run, {"epoch": epoch, "train_loss": 1.0, "val_loss": 1.0, "val_accuracy": accuracy})
+    plot_curves([], f"{run}/curves.png")
+    model = models.build("cnn", 3, 16)
+    head = list(model.children())[-1]
+    assert isinstance(head, torch.nn.Linear)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([0.0, 2.0, 0.0]))
+    info = BundleInfo(architecture="cnn", classes=CLASSES, tile_size=16, mean=[0.5] * 3, std=[0.2] * 3)
+    save_bundle(f"{run}/bundle", model, info)
+    evaluate(f"{run}/bundle", str(folder / "shards"), device="cpu")
+    status.finish("done")
+
+
+def write_config(run: Path) -> str:
+    run.mkdir(parents=True)
+    recipe = Recipe.model_validate(
+        {
+            "name": "first",
+            "shards": "shards",
+            "model": {"name": "cnn"},
+            "epochs": 3,
+            "batch_size": 4,
+            "label_smoothing": 0.1,
+        }
+    )
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return str(run)
+
+
+def png(seed: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)).save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,142 @@
+"""Training under Ray: refusals before anything starts, worker counts, a killed worker, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import records
+from configs.errors import TilefleetError, UsageError
+from configs.schema import Recipe
+from training.train import train
+
+
+def recipe(keys: dict[str, Any], **changes: Any) -> Recipe:
+    return Recipe.model_validate(keys | changes)
+
+
+def losses(run: Recipe) -> list[float]:
+    return [loss for row in records.read_metrics(run.run) for loss in row["losses"]]
+
+
+def traced(run: Recipe) -> list[str]:
+    lines = [json.loads(line) for file in Path(run.run).glob("trace-rank-*.jsonl") for line in file.open()]
+    latest = {(line["epoch"], line["step"], line["rank"]): line["tiles"] for line in lines}
+    return [tile for key in sorted(latest) for tile in latest[key]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"batch_size": 10_000}, "batch_size: 10000 is more than the"),
+        ({"workers": 20}, "workers: 20 is more than the batch_size"),
+        ({"model": {"name": "resnet"}}, "model.name: no model 'resnet'"),
+        ({"shards": "/no/such/set"}, "/no/such/set: no such shard set"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_ray_starts(
+    small_recipe: dict[str, Any], changes: dict[str, Any], says: str
+) -> None:
+    run = recipe(small_recipe, **changes)
+    with pytest.raises(UsageError, match=says):
+        train(run)
+    assert not Path(run.run).exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(small_recipe: dict[str, Any]) -> None:
+    run = recipe(small_recipe)
+    Path(run.run).mkdir(parents=True)
+    (Path(run.run) / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds something else"):
+        train(run)
+    assert (Path(run.run) / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.ray
+def test_more_workers_than_the_cluster_has_cpus(ray_session: None, small_recipe: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="workers: 8 asked for, the cluster has 4 CPUs"):
+        train(recipe(small_recipe, workers=8))
+
+
+@pytest.mark.ray
+def test_one_worker_and_two_see_the_same_tiles_and_losses(ray_session: None, small_recipe: dict[str, Any]) -> None:
+    one, two = (recipe(small_recipe, name=f"w{n}", workers=n, trace=True, batch_size=8) for n in (1, 2))
+    shown: list[records.Status] = []
+    assert train(one).state == "done"
+    assert train(two, follow=shown.append).state == "done"
+    assert traced(one) == traced(two)
+    assert len(list(Path(two.run).glob("trace-rank-*.jsonl"))) == 2
+    assert len(losses(one)) >= 20
+    for a, b in zip(losses(one), losses(two), strict=True):
+        assert abs(a - b) <= 1e-4 * abs(a)
+    assert shown[-1].done_tiles == shown[-1].planned_tiles
+
+    with pytest.raises(UsageError, match="holds another run"):
+        train(two)
+    with pytest.raises(UsageError, match="cannot be resumed with another epochs"):
+        train(two.model_copy(update={"epochs": 9}), resume=True)
+    started = time.time()
+    assert train(two, resume=True).state == "done"
+    assert time.time() - started < 5
+
+
+@pytest.mark.ray
+def test_a_killed_worker_costs_time_and_nothing_else(ray_session: None, small_recipe: dict[str, Any]) -> None:
+    calm, hit = (recipe(small_recipe, name=name, workers=2, trace=True, epochs=6) for name in ("calm", "hit"))
+    train(calm)
+    killed: list[int] = []
+
+    def kill_a_worker_in_the_middle() -> None:
+        while not killed:
+            status = records.read_status(hit.run)
+            if status and status.step and status.done_tiles > status.planned_tiles / 3:
+                killed.extend(_train_workers()[:1])
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_a_worker_in_the_middle)
+    killer.start()
+    train(hit)
+    killer.join()
+    assert losses(hit) == losses(calm)
+    assert traced(hit) == traced(calm)
+    bundles = [Path(run.run, "bundle", "model.safetensors").read_bytes() for run in (calm, hit)]
+    assert bundles[0] == bundles[1]
+
+
+@pytest.mark.ray
+def test_an_error_that_no_restart_can_mend_is_one_line(
+    ray_session: None, small_recipe: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    (copy / "train" / "shard-000001.tar").unlink()
+    run = recipe(small_recipe, shards=str(copy))
+    with pytest.raises(TilefleetError, match=r"shard-000001\.tar: shard is missing"):
+        train(run)
+    status = records.read_status(run.run)
+    assert status
+    assert status.state == "failed"
+    assert "shard is missing" in str(status.error)
+
+
+def _train_workers() -> list[int]:
+    """Process ids of Ray Train's workers, which carry their name as their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if command.startswith(b"ray::") and b"RayTrainWorker" in command:
+                found.append(int(entry.name))
+    return sorted(found)

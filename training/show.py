@@ -1,0 +1,175 @@
+"""A contact sheet: a PNG grid of tiles with their labels, to see at a glance what a data set holds.
+
+In comes a shard set, a tar of images, a folder of images (its sub-folders are the labels) or a single image. Which
+tiles are shown depends on the set alone: classes in equal parts, and within a class evenly spread over the set.
+
+Command: ``tilefleet show SHARDS_OR_IMAGES [-o grid.png]``
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from cluster import storage
+from configs.errors import TilefleetError, UsageError
+from training.decode import MAX_ENCODED_BYTES, TileError, decode_image, is_image_name
+from training.shards import INDEX, load_index, load_tiles, scan_tar
+
+FRAME = 128
+"""Side of the square that holds one tile, in pixels."""
+
+_GAP = 10
+_LINE = 16
+_INK, _PAPER, _MUTED, _ALARM = "#1b2a3a", "#ffffff", "#eef1f4", "#b3261e"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tile that may be shown: the group it is chosen from, its caption, and where its encoded bytes lie."""
+
+    group: str
+    caption: str
+    location: str
+    offset: int = 0
+    size: int = (
+        MAX_ENCODED_BYTES + 1
+    )  # one over the limit: the decoder refuses a larger file without its being read whole
+
+
+def contact_sheet(location: str, out: str, *, tiles: int = 64, split: str | None = None) -> int:
+    """Write a PNG of at most ``tiles`` tiles of ``location`` to ``out``; returns how many it shows.
+
+    ``split`` limits a shard set to one of its splits. A tile that cannot be decoded becomes a frame with the
+    reason in it. Raises :class:`UsageError` where there is no such path or split, :class:`TilefleetError` where there
+    are no images.
+    """
+    if tiles < 1:
+        raise UsageError(f"tiles: at least 1 is needed to show something, not {tiles}")
+    if storage.is_dir(out):
+        raise UsageError(f"{out}: is a folder; name the PNG file to write")
+    entries = _entries(location, split)
+    if not entries:
+        raise TilefleetError(f"{location}: holds no images that can be shown")
+    chosen = [entries[i] for i in choose([entry.group for entry in entries], tiles)]
+    stream = io.BytesIO()
+    _draw(chosen).save(stream, format="PNG")
+    storage.write_bytes(out, stream.getvalue())
+    return len(chosen)
+
+
+def choose(groups: Sequence[str], wanted: int) -> list[int]:
+    """Positions of ``wanted`` tiles (or of all, if fewer), sorted by group.
+
+    Groups get equal parts as far as they have tiles for it, and a group's tiles are evenly spread over its positions.
+    """
+    members: dict[str, list[int]] = {}
+    for position, group in enumerate(groups):
+        members.setdefault(group, []).append(position)
+    quotas = dict.fromkeys(sorted(members), 0)
+    left = min(wanted, len(groups))
+    while left:
+        for group in [g for g in quotas if quotas[g] < len(members[g])][:left]:
+            quotas[group] += 1
+            left -= 1
+    return [members[g][i * len(members[g]) // quota] for g, quota in quotas.items() for i in range(quota)]
+
+
+def _entries(location: str, split: str | None) -> list[Entry]:
+    if not storage.exists(location):
+        raise UsageError(f"{location}: no such file or folder")
+    is_set = storage.exists(storage.join(location, INDEX))
+    if split is not None and not is_set:
+        raise UsageError(f"{location}: --split needs a shard set, and this is none; leave it out")
+    if is_set:
+        return _of_shards(location, split)
+    if storage.is_dir(location):
+        return _of_folder(location)
+    name = location.rsplit("/", 1)[-1]
+    return [Entry("", name, location)] if is_image_name(name) else _of_tar(location)
+
+
+def _of_shards(root: str, split: str | None) -> list[Entry]:
+    index = load_index(root)
+    if split is not None and not index.tiles(split):
+        held = ", ".join(name for name in index.splits if index.tiles(name)) or "none"
+        raise UsageError(f"{root}: no tiles in split {split!r}; splits with tiles: {held}")
+    table = load_tiles(root, split).select(["label", "shard", "offset", "size"])
+    names = [index.classes[label] for label in table["label"].to_pylist()]
+    places = zip(*(table[column].to_pylist() for column in ("shard", "offset", "size")), strict=True)
+    return [
+        Entry(name, name, storage.join(root, shard), offset, size)
+        for name, (shard, offset, size) in zip(names, places, strict=True)
+    ]
+
+
+def _of_folder(root: str) -> list[Entry]:
+    entries = []
+    for location in storage.list_files(root, recursive=True):
+        path = PurePosixPath(location[len(root.rstrip("/")) + 1 :])
+        if is_image_name(str(path)):
+            entries.append(Entry(path.parent.name, path.parent.name or path.name, location))
+    return entries
+
+
+def _of_tar(location: str) -> list[Entry]:
+    with storage.open_input(location) as stream:
+        scan = scan_tar(stream)
+    if scan.damage and not scan.members:
+        raise TilefleetError(f"{location}: neither an image nor a tar of images ({scan.damage})")
+    return [
+        Entry("", PurePosixPath(m.name).name, location, m.offset, min(m.size, MAX_ENCODED_BYTES + 1))
+        for m in scan.members
+        if is_image_name(m.name) and not m.refused
+    ]
+
+
+def _draw(entries: Sequence[Entry]) -> Image.Image:
+    columns = math.ceil(math.sqrt(len(entries)))
+    rows = math.ceil(len(entries) / columns)
+    width, height = FRAME + _GAP, FRAME + _LINE + _GAP
+    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 11)
+    for number, entry in enumerate(entries):
+        left, top = _GAP + number % columns * width, _GAP + number // columns * height
+        try:
+            sheet.paste(_picture(entry), (left, top))
+        except TileError as error:
+            corner = (left + FRAME - 1, top + FRAME - 1)
+            pen.rectangle((left, top, *corner), fill=_MUTED, outline=_ALARM, width=2)
+            reason = textwrap.wrap(str(error), width=16, max_lines=6, placeholder=" …")
+            pen.multiline_text(
+                (left + FRAME / 2, top + FRAME / 2), "\n".join(reason), _ALARM, font, anchor="mm", align="center"
+            )
+        caption = _shorten(entry.caption, font)
+        pen.text((left + FRAME / 2, top + FRAME + 3), caption, _INK, font, anchor="ma")
+    return sheet
+
+
+def _picture(entry: Entry) -> Image.Image:
+    """The tile in a square of :data:`FRAME` pixels, its proportions kept; raises :class:`TileError`."""
+    try:
+        data = storage.read_bytes(entry.location, entry.offset, entry.size)
+    except OSError as error:
+        raise TileError(f"cannot be read: {error.strerror}") from error
+    image = Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())
+    return ImageOps.pad(image, (FRAME, FRAME), Image.Resampling.BICUBIC, color=_MUTED)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """``text`` on one line of the frame's width, its middle left out where it is longer: endings tell files apart."""
+    text = " ".join(text.split())
+    kept = len(text)
+    shortened = text
+    while font.getlength(shortened) > FRAME and kept > 2:
+        kept -= 1
+        shortened = f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
+    return shortened
