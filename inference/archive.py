@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -222,8 +223,8 @@ def _expand(location: str) -> list[str]:
     elif not any(wildcard in location for wildcard in "*?["):
         raise UsageError(f"{location}: no such file or folder")
     elif storage.is_uri(location):
-        fixed = location[: min(location.find(wildcard) % len(location) for wildcard in "*?[")]
-        below = storage.list_files(fixed.rpartition("/")[0], recursive=True)
+        folder = re.split(r"[*?\[]", location, maxsplit=1)[0].rpartition("/")[0]
+        below = storage.list_files(folder, recursive=True)
         files = [name for name in below if fnmatchcase(name, location)]
     else:
         pattern = Path(location)

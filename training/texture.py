@@ -44,7 +44,8 @@ class Draws:
 
     def colour(self, palette: Palette) -> Floats:
         """A colour between two neighbours of a palette, a little brighter or darker."""
-        return self.colours(palette, 1)[0]
+        colour: Floats = self.colours(palette, 1)[0]
+        return colour
 
     def colours(self, palette: Palette, count: int) -> Floats:
         """``[count, 3]`` of them."""
@@ -59,7 +60,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Plots:
-    """A patchwork of plots: the number of the plot at each pixel, the place in it (0..1) and the distance to its edge."""
+    """A patchwork of plots: at each pixel the number of its plot, the place in it (0..1), the distance to its edge."""
 
     number: npt.NDArray[np.int64]
     along: Floats

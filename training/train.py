@@ -114,9 +114,10 @@ def _fit(recipe: Recipe, layout: dict[str, Any], follow: Follow | None) -> None:
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            line = records.read_failure(recipe.run) or _last_line(error)
-            records.mark_failed(recipe.run, line)
-            raise TilefleetError(line) from error
+            records.write_failure(recipe.run, _last_line(error))
+    if line := records.read_failure(recipe.run):
+        records.mark_failed(recipe.run, line)
+        raise TilefleetError(line)
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -128,8 +129,8 @@ def _worker(config: dict[str, Any]) -> None:
     from training.loop import Trainer
 
     recipe = Recipe.model_validate(config["recipe"])
-    if failure := records.read_failure(recipe.run):  # Ray's restart cannot mend what is the user's to mend
-        raise TilefleetError(failure)
+    if records.read_failure(recipe.run):  # Ray restarts workers after any error, but this one it cannot mend
+        return
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, math.floor(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
