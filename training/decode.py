@@ -1,7 +1,7 @@
 """Encoded images become pixels: one way for packing, training and inference, with limits before anything is decoded.
 
-Plain JPEG goes to torchvision's decoder in batches; everything else goes to Pillow. An image that cannot be used raises or
-returns a reason of the form ``cause`` or ``cause: detail``, so that reports can count by cause.
+Plain JPEG goes to torchvision's decoder in batches; everything else goes to Pillow. An image that cannot be used raises
+or returns a reason of the form ``cause`` or ``cause: detail``, so that reports can count by cause.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ _FORMAT_EXTENSION = {
     "WEBP": "webp",
     "TIFF": "tif",
     "BMP": "bmp",
+    "GIF": "gif",
     "JPEG2000": "jp2",
 }
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is an error instead
 
 
 class TileError(Exception):
@@ -52,7 +55,7 @@ def is_image_name(name: str) -> bool:
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
-    """Height, width and components of a JPEG from its frame header (ITU T.81, B.2.2), or None if it is not plain JPEG."""
+    """Height, width and components of a plain JPEG from its frame header (ITU T.81, B.2.2); None for anything else."""
     if data[:2] != b"\xff\xd8":
         return None
     at = 2
@@ -71,8 +74,8 @@ def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
 def decode_image(data: bytes) -> Tensor:
     """One encoded image to RGB pixels, uint8 ``[3, height, width]``.
 
-    Grey is repeated to three channels, alpha is dropped, CMYK and palettes are converted, 16-bit samples keep their high byte.
-    Raises :class:`TileError` for anything that is not one whole image within the limits.
+    Grey is repeated to three channels, alpha is dropped, CMYK and palettes are converted, 16-bit samples keep their high
+    byte. Raises :class:`TileError` for anything that is not one whole image within the limits.
     """
     _check_encoded(data)
     shape = jpeg_shape(data)
@@ -89,8 +92,8 @@ def decode_image(data: bytes) -> Tensor:
 def decode_tiles(encoded: Sequence[bytes], size: int) -> tuple[Tensor, list[str | None]]:
     """A batch of encoded images to one tensor.
 
-    Returns uint8 ``[len(encoded), 3, size, size]`` and, for each tile, None or why it could not be decoded (its pixels are
-    then zero). Tiles of another size are resized (bilinear, antialiased), one at a time so that memory stays bounded.
+    Returns uint8 ``[len(encoded), 3, size, size]`` and, for each tile, None or why it could not be decoded (its pixels
+    are then zero). Tiles of another size are resized (bilinear, antialiased), one at a time so that memory stays bounded.
     """
     pixels = torch.zeros(len(encoded), 3, size, size, dtype=torch.uint8)
     errors: list[str | None] = [None] * len(encoded)
@@ -121,7 +124,7 @@ def resize(image: Tensor, size: int) -> Tensor:
 
 
 def image_extension(data: bytes) -> str:
-    """The usual file ending of an image by its content, without the dot; raises :class:`TileError` for other content."""
+    """The usual file ending of an image by its content, without the dot; raises :class:`TileError` for anything else."""
     if jpeg_shape(data) is not None:
         return "jpg"
     with _open(data) as image:
@@ -143,25 +146,23 @@ def _check_pixels(height: int, width: int) -> None:
 
 
 def _buffer(data: bytes) -> Tensor:
-    with warnings.catch_warnings():  # the decoder only reads, so the missing write access does not matter
-        warnings.simplefilter("ignore")
-        return torch.frombuffer(data, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy, as tensors over read-only memory warn
 
 
 def _open(data: bytes) -> Image.Image:
     _check_encoded(data)
     try:
-        with warnings.catch_warnings():  # the pixel limit below is ours, and an error rather than a warning
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        _check_pixels(image.height, image.width)
+        frames = getattr(image, "n_frames", 1)
+    except TileError:
+        raise
     except UnidentifiedImageError as error:
         raise TileError("not an image") from error
     except Image.DecompressionBombError as error:
         raise TileError("image over the pixel limit") from error
     except Exception as error:  # Pillow's parsers raise many types on damaged headers
         raise TileError("image is cut short or damaged") from error
-    _check_pixels(image.height, image.width)
-    frames = getattr(image, "n_frames", 1)
     if frames != 1 and image.format != "MPO":
         raise TileError(f"animated or multi-page image: {frames} frames")
     return image

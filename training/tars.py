@@ -48,7 +48,7 @@ def scan_tar(stream: IO[bytes]) -> TarScan:
             while info := tar.next():
                 if info.size < 0 or info.offset < end:  # would be read again and again
                     return TarScan(members, f"damaged header at byte {info.offset}")
-                end = info.offset_data + (-(-info.size // 512) * 512 if info.isreg() else 0)
+                end = tar.offset  # where the next header stands; a sparse member takes less than its size
                 if not info.isdir():
                     refused = _why_refused(info) or (
                         "cut short inside its data" if info.offset_data + info.size > total else None
