@@ -21,20 +21,20 @@ def session(cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's notes to its authors land on the terminal
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else its notes to its own authors land on the terminal
     import ray
 
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS"),
-        num_cpus=None if os.environ.get("RAY_ADDRESS") else cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=True,
-    )
+    with _native_stderr_closed():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS"),
+            num_cpus=None if os.environ.get("RAY_ADDRESS") else cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     try:
         yield
     finally:
@@ -53,3 +53,16 @@ def available_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+@contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Keep what Ray's native part says of its own log settings off the terminal; Python's errors are not touched."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

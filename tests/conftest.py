@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,25 @@ def eurosat_zip() -> Path:
     if not path.exists():
         pytest.skip(f"real data set not found: {path}")
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``small_disk(kib)`` mounts a file system of that size and gives its folder; that needs root on Linux."""
+    disks: list[Path] = []
+
+    def mount(kib: int) -> Path:
+        disk = tmp_path / f"disk-{len(disks)}"
+        disk.mkdir()
+        able = shutil.which("mount") and os.geteuid() == 0
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(disk)]
+        need(able and subprocess.run(command, check=False).returncode == 0, "a small disk cannot be mounted here")
+        disks.append(disk)
+        return disk
+
+    yield mount
+    for disk in disks:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
     if data[:2] != b"\xff\xd8":
         return None
     at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:
             at += 1
@@ -74,8 +74,8 @@ def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
 def decode_image(data: bytes) -> Tensor:
     """One encoded image to RGB pixels, uint8 ``[3, height, width]``.
 
-    Grey is repeated to three channels, alpha is dropped, CMYK and palettes are converted, 16-bit samples keep their high
-    byte. Raises :class:`TileError` for anything that is not one whole image within the limits.
+    Grey is repeated to three channels, alpha is dropped, CMYK and palettes are converted, 16-bit samples keep their
+    high byte. Raises :class:`TileError` for anything that is not one whole image within the limits.
     """
     _check_encoded(data)
     shape = jpeg_shape(data)
@@ -93,7 +93,7 @@ def decode_tiles(encoded: Sequence[bytes], size: int) -> tuple[Tensor, list[str 
     """A batch of encoded images to one tensor.
 
     Returns uint8 ``[len(encoded), 3, size, size]`` and, for each tile, None or why it could not be decoded (its pixels
-    are then zero). Tiles of another size are resized (bilinear, antialiased), one at a time so that memory stays bounded.
+    are then zero). Tiles of another size are resized (bilinear, antialiased), one at a time so that memory is bounded.
     """
     pixels = torch.zeros(len(encoded), 3, size, size, dtype=torch.uint8)
     errors: list[str | None] = [None] * len(encoded)
@@ -124,7 +124,7 @@ def resize(image: Tensor, size: int) -> Tensor:
 
 
 def image_extension(data: bytes) -> str:
-    """The usual file ending of an image by its content, without the dot; raises :class:`TileError` for anything else."""
+    """The usual file ending of an image by its content, without the dot; :class:`TileError` for anything else."""
     if jpeg_shape(data) is not None:
         return "jpg"
     with _open(data) as image:
@@ -168,8 +168,23 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
+def _jpeg2000_is_whole(data: bytes) -> bool:
+    """Whether the boxes of a JPEG 2000 file (ISO/IEC 15444-1, Annex I) fill it and its code stream has an end."""
+    at = 0
+    while at < len(data) and not data.startswith(b"\xff\x4f\xff\x51", at):
+        length = int.from_bytes(data[at : at + 4], "big")
+        if length == 1:
+            length = int.from_bytes(data[at + 8 : at + 16], "big")
+        if length == 0:
+            break
+        at += max(length, 8)
+    return at == len(data) or (at < len(data) and data.endswith(b"\xff\xd9"))
+
+
 def _decode_with_pillow(data: bytes) -> Tensor:
     with _open(data) as image:
+        if image.format == "JPEG2000" and not _jpeg2000_is_whole(data):  # its decoder fills in what is missing
+            raise TileError("image is cut short or damaged")
         try:
             if image.mode.startswith("I"):
                 samples = np.asarray(image).astype(np.int64)

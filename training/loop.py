@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,26 +31,13 @@ from training.augment import normalise, symmetries
 from training.bundle import BundleInfo, save_bundle
 from training.loader import Batch, RankLoader
 from training.optim import make_optimizer, rate
+from training.progress import Pending, Progress
 from training.randomness import replace_dropout, set_tile_keys
 from training.sampler import Sampler
 from training.shards import Index, TileReader, fingerprint, load_index
 
 LOG_STEPS = 10
 """Steps between two updates of the status; the losses of the steps are reduced over ranks together."""
-
-
-@dataclass
-class Progress:
-    """Where a run is, and what it has seen of the current epoch; plain values that a checkpoint keeps."""
-
-    epoch: int = 0
-    step: int = 0  # of the epoch
-    best_accuracy: float = -1.0
-    losses: list[float] = field(default_factory=list)  # of each step of the epoch, over the global batch
-    correct: int = 0
-    seen: int = 0
-    seconds: float = 0.0  # of the epoch
-    waited: float = 0.0  # for data, rank 0
 
 
 class Trainer:
@@ -99,7 +85,7 @@ class Trainer:
             self.status.finish("done")
 
     def _train_epoch(self) -> None:
-        progress, pending, started = self.progress, _Pending(), time.perf_counter()
+        progress, pending, started = self.progress, Pending(), time.perf_counter()
         before = progress.seconds
         self.forward.train()
         epoch = self.sampler.epoch(progress.epoch)
@@ -141,7 +127,7 @@ class Trainer:
         self.optimizer.step()
         return loss.detach(), ((logits.argmax(1) == labels) * weights).sum().detach()
 
-    def _log(self, pending: _Pending) -> None:
+    def _log(self, pending: Pending) -> None:
         """Reduce what happened since the last time over all ranks and tell the status."""
         losses, correct = pending.reduce(self.device)
         self.progress.losses += losses
@@ -266,30 +252,6 @@ class Trainer:
         line = {"epoch": self.progress.epoch, "step": batch.step, "rank": self.rank, "tiles": ids}
         with open(storage.join(self.recipe.run, f"trace-rank-{self.rank}.jsonl"), "a") as file:  # noqa: PTH123
             file.write(json.dumps(line) + "\n")
-
-
-class _Pending:
-    """Losses and right answers of the last steps, left on the device until they are reduced together."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.losses: list[Tensor] = []
-        self.correct: list[Tensor] = []
-        self.seen = 0
-
-    def add(self, loss: Tensor, correct: Tensor, global_count: int) -> None:
-        self.losses.append(loss)
-        self.correct.append(correct)
-        self.seen += global_count
-
-    def reduce(self, device: torch.device) -> tuple[list[float], int]:
-        sums = torch.stack([*self.losses, torch.stack(self.correct).sum()]).to(device, torch.float64)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-        *losses, correct = sums.tolist()
-        return losses, round(correct)
 
 
 def main(arguments: list[str]) -> None:

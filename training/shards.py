@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
-from training.decode import TileError, decode_image, is_image_name
+from training.decode import MAX_ENCODED_BYTES, TileError, decode_image, is_image_name
 from training.tars import Member as Member  # inference reads tars through this module
 from training.tars import scan_tar as scan_tar
 
@@ -66,7 +66,7 @@ class Index(BaseModel):
     splits: dict[str, list[Shard]]
     tiles_sha256: str
     packed: dict[str, Any]
-    digest: str = ""
+    digest: str = ""  # of the rest; empty in an index that was not written by :func:`save_index`
 
     def own_digest(self) -> str:
         """sha256 over everything else in the file, as canonical JSON."""
@@ -234,7 +234,7 @@ def _verify_tar(location: str) -> Iterator[Problem]:
                 images += 1
                 stream.seek(member.offset)
                 try:
-                    decode_image(stream.read(member.size))
+                    decode_image(stream.read(min(member.size, MAX_ENCODED_BYTES + 1)))
                 except TileError as error:
                     yield Problem(location, f"member {member.name!r}: {error}")
         if not images and not scan.damage:

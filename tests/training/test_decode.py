@@ -135,7 +135,7 @@ def test_an_image_over_the_pixel_limit_is_refused_before_it_is_decoded(make, wid
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_image_cut_anywhere_is_refused_or_whole(form: str) -> None:
     whole = encode(Image.fromarray(NOISE), form)
-    for length in range(0, len(whole), max(1, len(whole) // 60)):
+    for length in range(len(whole)):
         try:
             image = decode_image(whole[:length])
         except TileError:
