@@ -213,7 +213,7 @@ def demo(
         configs / ("eurosat_cnn.yaml" if data else "demo.yaml"), [f"shards={shards}", f"runs={out}/runs"]
     )
     if storage.exists(f"{shards}/{INDEX}"):  # an earlier demo that was stopped goes on
-        if load_index(shards).packed["source"] != Path(source).name:
+        if load_index(shards).packed["source"] != Path(source).name.removesuffix(".zip"):
             raise UsageError(f"{out}: holds a demo of other tiles; choose another folder with --out or remove it")
     else:
         if not data:

@@ -169,7 +169,7 @@ def clear_errors(location: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TilefleetError(
-                f"{location}: the disk is full; what is finished is kept: free some space and run the command again"
+                f"{location}: the disk is full; free some space and run the same command again"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise TilefleetError(f"{location}: cannot be written ({error.strerror})") from error

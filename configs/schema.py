@@ -9,9 +9,11 @@ Unknown keys are refused, so a misspelt setting never trains a model quietly wit
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +27,26 @@ class Config(BaseModel):
     """Base of all configs: frozen, strict about keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sealed(BaseModel):
+    """Base of files that must not change after they were written: they carry a digest of all else in them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    digest: str = ""
+
+    def sealed(self) -> Self:
+        """A copy with its digest."""
+        return self.model_copy(update={"digest": self._own_digest()})
+
+    def is_intact(self) -> bool:
+        """Whether nothing changed since it was sealed."""
+        return self.digest == self._own_digest()
+
+    def _own_digest(self) -> str:
+        canonical = json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class ModelConfig(Config):

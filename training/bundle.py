@@ -1,62 +1,54 @@
 """The model bundle: the only thing inference takes from training.
 
-A folder of two files: ``model.safetensors`` holds the weights, ``bundle.json`` everything needed to use them. Both are covered
-by sha256 digests, so a bundle that was cut or changed is refused. Nothing in it is a pickle.
+A folder of two files: ``model.safetensors`` holds the weights, ``bundle.json`` everything needed to use them. Both
+are covered by sha256 digests, so a bundle that was cut or changed is refused. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
+from configs.schema import Sealed
 from training import models
 
 WEIGHTS = "model.safetensors"
 INFO = "bundle.json"
 
 
-class BundleInfo(BaseModel):
+class BundleInfo(Sealed):
     """``bundle.json``. ``mean`` and ``std`` are per channel on pixels scaled to 0..1."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: int = 1
     architecture: str
-    arguments: dict[str, float] = {}
+    arguments: dict[str, float] = Field(default_factory=dict)
     classes: list[str]
     tile_size: int
     mean: list[float]
     std: list[float]
     temperature: float = 1.0
     unknown_threshold: float = 0.0
-    metrics: dict[str, float] = {}
-    recipe: dict[str, Any] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(default_factory=dict)
     data_fingerprint: str = ""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     weights_sha256: str = ""
-    digest: str = ""
-
-    def own_digest(self) -> str:
-        """sha256 over everything else in the file, as canonical JSON."""
-        return hashlib.sha256(json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True).encode()).hexdigest()
 
 
 def save_bundle(location: str | Path, model: nn.Module, info: BundleInfo) -> BundleInfo:
-    """Write a bundle; ``bundle.json`` comes last, so an interrupted save is seen as a changed bundle, not as a good one."""
+    """Write a bundle; ``bundle.json`` comes last, so an interrupted save is seen as a changed bundle."""
     weights = save_safetensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     )
-    info = info.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()})
-    info = info.model_copy(update={"digest": info.own_digest()})
+    info = info.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()}).sealed()
     storage.make_dirs(location)
     storage.write_bytes(storage.join(location, WEIGHTS), weights)
     storage.write_bytes(storage.join(location, INFO), info.model_dump_json(indent=1).encode())
@@ -76,7 +68,7 @@ def read_info(location: str | Path) -> BundleInfo:
         raise TilefleetError(
             f"{path}: damaged or not a bundle ({error.error_count()} fields wrong); use another copy"
         ) from error
-    if info.digest != info.own_digest():
+    if not info.is_intact():
         raise TilefleetError(f"{path}: changed since it was saved; use another copy or train again")
     return info
 

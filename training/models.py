@@ -16,8 +16,8 @@ from configs.errors import UsageError
 def cnn(classes: int, tile_size: int, dropout: float = 0.25) -> nn.Module:
     """Three 3x3 convolutions of 16, 32 and 64 channels, each with ReLU and 2x2 pooling, then 500 hidden units.
 
-    The small CIFAR-10 network of introductory courses (PyTorch "CIFAR-10 CNN", 2018), with the first fully connected layer
-    sized to the tile. Dropout acts before each fully connected layer.
+    The small CIFAR-10 network of introductory courses (PyTorch "CIFAR-10 CNN", 2018), with the first fully connected
+    layer sized to the tile. Dropout acts before each fully connected layer.
     """
     side = tile_size // 8
     if side < 1:

@@ -7,7 +7,6 @@ checked against its sha256 as it is read. ``tilefleet verify`` finds each damage
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
+from configs.schema import Sealed
 from training.decode import MAX_ENCODED_BYTES, TileError, decode_image, is_image_name
 from training.tars import Member as Member  # inference reads tars through this module
 from training.tars import scan_tar as scan_tar
@@ -53,10 +53,8 @@ class Shard(BaseModel):
     sha256: str
 
 
-class Index(BaseModel):
+class Index(Sealed):
     """``index.json``. ``mean`` and ``std`` are those of the train split, per channel, on pixels scaled to 0..1."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: int = 1
     classes: list[str]
@@ -66,11 +64,6 @@ class Index(BaseModel):
     splits: dict[str, list[Shard]]
     tiles_sha256: str
     packed: dict[str, Any]
-    digest: str = ""  # of the rest; empty in an index that was not written by :func:`save_index`
-
-    def own_digest(self) -> str:
-        """sha256 over everything else in the file, as canonical JSON."""
-        return hashlib.sha256(json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True).encode()).hexdigest()
 
     def tiles(self, split: str) -> int:
         """Tiles in ``split``."""
@@ -101,14 +94,14 @@ def load_index(root: str | Path) -> Index:
         index = Index.model_validate_json(storage.read_bytes(location))
     except ValidationError as error:
         raise TilefleetError(f"{location}: damaged ({error.error_count()} fields wrong); pack again") from error
-    if index.digest and index.digest != index.own_digest():
+    if not index.is_intact():
         raise TilefleetError(f"{location}: changed since it was packed; use another copy or pack again")
     return index
 
 
 def save_index(root: str | Path, index: Index) -> Index:
     """Write ``index.json`` with its digest; returns the index as written."""
-    index = index.model_copy(update={"digest": index.own_digest()})
+    index = index.sealed()
     storage.write_bytes(storage.join(root, INDEX), index.model_dump_json(indent=1).encode())
     return index
 

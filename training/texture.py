@@ -24,7 +24,7 @@ class Draws:
     """The random numbers of one tile, handed out in order: float32 in [0, 1), hashes of what the tile is."""
 
     def __init__(self, seed: int, label: int, number: int, size: int) -> None:
-        count = 4096 + 3 * size * size
+        count = 2048 + 2 * size * size  # patterns need less than half of it, grain the rest
         self._values = (keys(seed, label, number, count=count) >> np.uint64(40)).astype(np.float32) * (2**-24)
         self._at = 0
 

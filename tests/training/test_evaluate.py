@@ -226,5 +226,5 @@ def shard_set(root: Path, tiles: list[tuple[str, int, bytes]], classes: list[str
         tiles_sha256=hashlib.sha256((root / "tiles.parquet").read_bytes()).hexdigest(),
         packed={},
     )
-    (root / "index.json").write_text(index.model_dump_json())
+    shards.save_index(root, index)
     return str(root)
