@@ -152,12 +152,13 @@ def predict(
         if not storage.exists(image) or storage.is_dir(image):
             raise UsageError(f"{image}: no such image file")
     result = predictor.predict([storage.read_bytes(image) for image in images])
-    for image, error, probabilities in zip(images, result.errors, result.probabilities, strict=True):
+    for number, (image, error) in enumerate(zip(images, result.errors, strict=True)):
         if error is not None:
             warn(f"{image}: {error}")
             continue
-        best = probabilities.argsort()[::-1][:top]
-        print(f"{image}: " + ", ".join(f"{predictor.info.classes[i]} {probabilities[i]:.1%}" for i in best))
+        shares = result.probabilities[number]
+        named = ", ".join(f"{predictor.info.classes[i]} {shares[i]:.1%}" for i in shares.argsort()[::-1][:top])
+        print(f"{image}: {'unknown, nearest to ' if result.is_unknown[number] else ''}{named}")
     if any(result.errors):
         raise TilefleetError(f"{sum(map(bool, result.errors))} of {len(images)} images could not be classified")
 
