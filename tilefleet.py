@@ -34,7 +34,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 @app.command()
 def pack(
-    source: Annotated[str, typer.Argument(help="Folder of class folders, or a zip of one.")],
+    source: Annotated[str, typer.Argument(help="Class folders (or a zip), CIFAR batches, or a table.")],
     out: Annotated[str, typer.Argument(help="Folder for the shards; new or empty.")],
     split: Annotated[str, typer.Option(help="Percent for train,val,test.")] = "80,10,10",
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another split and order.")] = 0,
@@ -72,7 +72,7 @@ def pack(
     for line in index.packed.get("warnings", []):
         warn(line)
     for reason, count in index.packed["left_out"].items():
-        warn(f"{count} files left out: {reason}")
+        warn(f"left out: {count} x {reason}")
     for entry in index.packed.get("damaged", []):
         warn(f"left out: {entry['source']}: {entry['reason']}")
     counts = ", ".join(f"{name} {index.tiles(name)}" for name in index.splits)
@@ -97,14 +97,23 @@ def verify(location: Annotated[str, typer.Argument(help="Shard set, tar, or fold
 
 @app.command()
 def show(
-    location: Annotated[str, typer.Argument(help="Shard set, tar or folder of images.")],
+    location: Annotated[str | None, typer.Argument(help="Shard set, tar or folder of images.")] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="The picture to write.")] = "grid.png",
     tiles: Annotated[int, typer.Option(min=1, help="How many tiles to draw.")] = 64,
     split: Annotated[str | None, typer.Option(help="train, val or test; all if not given.")] = None,
+    augment: Annotated[str | None, typer.Option(help="A recipe: draw what its model will see.")] = None,
 ) -> None:
     """Draw a contact sheet of labelled tiles."""
-    from training.show import contact_sheet
+    from configs.schema import load_recipe
+    from training.show import augmented_sheet, contact_sheet
 
+    if augment:
+        recipe = load_recipe(augment)
+        recipe = recipe.model_copy(update={"shards": location or recipe.shards})
+        print(f"{out}: {augmented_sheet(recipe, out)} tiles, the first column without augmentation")
+        return
+    if location is None:
+        raise UsageError("show: nothing to draw; name shards or images, or a recipe with --augment")
     print(f"{out}: {contact_sheet(location, out, tiles=tiles, split=split)} tiles")
 
 

@@ -54,12 +54,22 @@ class ModelConfig(Config):
 
     name: str
     arguments: dict[str, float] = {}
+    weights: str | None = Field(default=None, description="where training starts: torchvision's name or a file")
+    freeze_epochs: int = Field(default=0, ge=0, description="epochs in which only the head learns")
 
 
 class AugmentConfig(Config):
-    """What is done to training tiles only."""
+    """What is done to training tiles only; all of it is off by default. Values have torchvision's meaning."""
 
     symmetries: bool = Field(default=False, description="the eight positions of a square, for views from above")
+    flips: bool = Field(default=False, description="left-right and up-down, each for half of the tiles")
+    rotation: float = Field(default=0, ge=0, le=180, description="degrees to either side")
+    perspective: float = Field(default=0, ge=0, le=1, description="distortion scale")
+    brightness: float = Field(default=0, ge=0, le=1)
+    contrast: float = Field(default=0, ge=0, le=1)
+    saturation: float = Field(default=0, ge=0, le=1)
+    hue: float = Field(default=0, ge=0, le=0.5)
+    erasing: float = Field(default=0, ge=0, le=1, description="probability")
 
 
 class OptimizerConfig(Config):
@@ -69,13 +79,18 @@ class OptimizerConfig(Config):
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd")
+    clip_norm: float | None = Field(default=None, gt=0, description="largest norm of all gradients together")
+    accumulate: int = Field(default=1, gt=0, description="parts in which a worker takes its share of a batch")
 
 
 class ScheduleConfig(Config):
     """How the learning rate moves over the run, after a linear rise from zero over the first ``warmup`` steps."""
 
-    name: Literal["constant", "cosine"] = "cosine"
+    name: Literal["constant", "cosine", "one_cycle", "step", "plateau"] = "cosine"
     warmup: int = Field(default=100, ge=0)
+    every_epochs: int = Field(default=10, gt=0, description="of step")
+    factor: float = Field(default=0.1, gt=0, lt=1, description="of step and plateau")
+    patience: int = Field(default=3, gt=0, description="of plateau: epochs without a lower validation loss")
 
 
 class CheckpointConfig(Config):
@@ -99,6 +114,9 @@ class Recipe(Config):
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    class_weights: bool = Field(default=False, description="weigh each class by how rare it is")
+    ema: float | None = Field(default=None, gt=0, lt=1, description="decay of the moving average that is the model")
+    early_stopping: int | None = Field(default=None, gt=0, description="epochs without a better validation accuracy")
     precision: Literal["f32", "bf16"] = "f32"
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=1, gt=0)

@@ -29,7 +29,7 @@ from inference import archive, sink
 from inference.archive import BadArchive, Chunk, Plan, Progress, Terms
 from inference.predictor import ENGINES, Predictor
 from inference.sink import Summary
-from training.bundle import read_info
+from training.bundle import check_bundle, read_info
 
 SUCCESS = "_SUCCESS.json"
 THREADS = 1
@@ -146,6 +146,7 @@ def classify(
     saved = _saved_run(out, wanted)
     if saved and storage.exists(storage.join(out, SUCCESS)):
         return Totals.model_validate_json(storage.read_bytes(storage.join(out, SUCCESS)))
+    check_bundle(bundle)
     tars = [] if saved else archive.list_archives(archives)
     storage.make_dirs(out)
     status = StatusWriter(out, "classify")

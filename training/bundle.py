@@ -73,19 +73,31 @@ def read_info(location: str | Path) -> BundleInfo:
     return info
 
 
+def check_bundle(location: str | Path) -> BundleInfo:
+    """The info of a bundle that is whole; raises where any part is missing or changed. No model is built."""
+    info = read_info(location)
+    _read_weights(location, info)
+    return info
+
+
 def load_bundle(location: str | Path) -> tuple[nn.Module, BundleInfo]:
     """The trained model in evaluation mode, on the CPU, and its info; raises where any part is missing or changed."""
     info = read_info(location)
+    weights = _read_weights(location, info)
+    model = models.build(info.architecture, len(info.classes), info.tile_size, **info.arguments)
+    try:
+        model.load_state_dict(load_safetensors(weights))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TilefleetError(f"{location}: the weights do not fit the model {info.architecture} ({reason})") from error
+    return model.eval(), info
+
+
+def _read_weights(location: str | Path, info: BundleInfo) -> bytes:
     path = storage.join(location, WEIGHTS)
     if not storage.exists(path):
         raise TilefleetError(f"{location}: its weights are missing, {WEIGHTS} should stand beside {INFO}")
     weights = storage.read_bytes(path)
     if hashlib.sha256(weights).hexdigest() != info.weights_sha256:
         raise TilefleetError(f"{path}: changed since it was saved or cut short; use another copy or train again")
-    model = models.build(info.architecture, len(info.classes), info.tile_size, **info.arguments)
-    try:
-        model.load_state_dict(load_safetensors(weights))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise TilefleetError(f"{path}: the weights do not fit the model {info.architecture} ({reason})") from error
-    return model.eval(), info
+    return weights

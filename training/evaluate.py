@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -22,14 +22,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from torch import Tensor, nn
 from torch.nn import functional
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
-from training.augment import normalise
-from training.bundle import BundleInfo, load_bundle
-from training.decode import decode_tiles
+from training.bundle import load_bundle
+from training.calibrate import Progress, bundle_logits
 from training.shards import TileReader, fingerprint, load_index
 
 RESULT = "evaluation.json"
@@ -44,8 +42,6 @@ PREDICTIONS_SCHEMA = pa.schema(
 )
 
 Counts = npt.NDArray[np.int64]
-Progress = Callable[[int, int], None]
-"""Called with the tiles done and the tiles in all."""
 
 
 def evaluate(
@@ -73,11 +69,13 @@ def evaluate(
         raise UsageError(f"{shards}: no tiles in split {split!r}; splits with tiles: {held}")
     out = _place(bundle, out)
     reader = TileReader(shards, split)
-    logits, errors = _forward(model, info, reader, _device(device), batch_size, progress)
+    logits, errors = bundle_logits(model, info, reader, _device(device), batch_size, progress)
 
     labels = torch.from_numpy(reader.labels.astype(np.int64))
     decoded = torch.tensor([error is None for error in errors])
     confidence, predicted = torch.softmax(logits, dim=1).max(dim=1)
+    before = torch.softmax(logits * info.temperature, dim=1).amax(dim=1)  # without temperature scaling
+    right = (predicted == labels)[decoded].numpy()
     confusion = count_confusion(labels[decoded].numpy(), predicted[decoded].numpy(), len(info.classes))
     undecodable = np.bincount(labels[~decoded].numpy(), minlength=len(info.classes))
     loss = float(functional.cross_entropy(logits[decoded], labels[decoded])) if decoded.any() else 0.0
@@ -94,7 +92,9 @@ def evaluate(
         **scores(confusion, info.classes, undecodable),
         "confusion": confusion.tolist(),
         "classes": info.classes,
-        "calibration": calibration(confidence[decoded].numpy(), (predicted == labels)[decoded].numpy()),
+        "temperature": info.temperature,
+        "calibration": calibration(confidence[decoded].numpy(), right),
+        "calibration_before": calibration(before[decoded].numpy(), right),
     }
     columns = [
         reader.tile_ids,
@@ -224,30 +224,6 @@ def _plot_panel(axes: Axes, rows: Sequence[dict[str, Any]], quantity: str) -> No
     axes.margins(x=0.03 if len(rows) > 1 else 1)
     axes.grid(axis="y", color="#e3e7ec", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _forward(
-    model: nn.Module,
-    info: BundleInfo,
-    reader: TileReader,
-    device: torch.device,
-    batch_size: int,
-    progress: Progress | None,
-) -> tuple[Tensor, list[str | None]]:
-    """Logits over the temperature, float32 ``[tiles, classes]`` on the CPU, and for each tile None or its error."""
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    logits = torch.empty(len(reader), len(info.classes))
-    errors: list[str | None] = []
-    for start in range(0, len(reader), batch_size):
-        positions = range(start, min(start + batch_size, len(reader)))
-        pixels, batch_errors = decode_tiles(reader.read(positions), info.tile_size)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            batch = model(normalise(pixels.to(device), info.mean, info.std))
-        logits[start : positions.stop] = batch.float().cpu() / info.temperature
-        errors += batch_errors
-        if progress:
-            progress(positions.stop, len(reader))
-    return logits, errors
 
 
 def _check_classes(bundle: str, ours: list[str], shards: str, theirs: list[str]) -> None:

@@ -13,26 +13,23 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torchvision
-from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from cluster import records, storage
 from configs.errors import TilefleetError
 from configs.schema import Recipe
-from training import checkpoint, models
-from training.augment import normalise, symmetries
+from training import checkpoint
 from training.bundle import BundleInfo, save_bundle
+from training.calibrate import calibrate
+from training.learner import Learner
 from training.loader import Batch, RankLoader
-from training.optim import make_optimizer, rate
+from training.optim import rate
 from training.progress import Pending, Progress
-from training.randomness import replace_dropout, set_tile_keys
 from training.sampler import Sampler
 from training.shards import Index, TileReader, fingerprint, load_index
 
@@ -54,16 +51,13 @@ class Trainer:
         self.train_loader = RankLoader(train, self.index.tile_size, self.rank, self.world_size)
         self.val_loader = RankLoader(val, self.index.tile_size, self.rank, self.world_size)
         self.sampler = Sampler(len(train), recipe.batch_size, recipe.seed)
-        torch.manual_seed(recipe.seed)
-        model = models.build(recipe.model.name, len(self.index.classes), self.index.tile_size, **recipe.model.arguments)
-        self.model = replace_dropout(model).to(device).to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(recipe.optimizer, self.model)
+        start = self._checkpoint()
+        labels = torch.from_numpy(train.labels.astype("int64"))
+        self.learner = Learner(recipe, self.index, labels, device, fresh=start is None)
         self.progress = Progress()
-        self._restore()
-        self.forward: nn.Module = self.model
-        if self.world_size > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.model, device_ids=ids)
+        if start is not None:
+            self.learner.load(start)
+            self.progress = Progress(**start["progress"])
         self.status: records.StatusWriter | None = None
         if self.rank == 0:
             self.status = records.StatusWriter(
@@ -76,21 +70,22 @@ class Trainer:
             )
 
     def fit(self) -> None:
-        """Train from where the run stands to its last epoch."""
-        while self.progress.epoch < self.recipe.epochs:
+        """Train from where the run stands to its last epoch, or until it has stopped getting better."""
+        while self.progress.epoch < self.recipe.epochs and not self._is_exhausted():
             self._train_epoch()
-            validation = self._validate()
-            self._end_epoch(validation)
+            self._end_epoch(self._validate())
         if self.status:
+            calibrate(storage.join(self.recipe.run, "bundle"), self.recipe.shards, self.device)
+            self.status.update(planned_tiles=self._done_tiles())
             self.status.finish("done")
 
     def _train_epoch(self) -> None:
         progress, pending, started = self.progress, Pending(), time.perf_counter()
         before = progress.seconds
-        self.forward.train()
+        self.learner.begin_epoch(progress.epoch)
         epoch = self.sampler.epoch(progress.epoch)
         for batch in self.train_loader.epoch(epoch, progress.step):
-            loss, correct = self._step(batch)
+            loss, correct = self.learner.step(batch, self._learning_rate(batch.step))
             pending.add(loss, correct, batch.global_count)
             progress.step += 1
             progress.waited += batch.waited
@@ -103,29 +98,6 @@ class Trainer:
                 self._log(pending)
             if due:
                 self._save()
-
-    def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns this rank's sum of losses over the global count, and its right answers."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.optimizer.learning_rate * self._rate(batch.step)
-        pixels, labels, keys = (t.to(self.device, non_blocking=True) for t in (batch.pixels, batch.labels, batch.keys))
-        weights = torch.ones(len(labels), device=self.device)
-        if not len(labels):  # a rank without a tile in a small last batch still takes part, with weight zero
-            pixels, labels = pixels.new_zeros(1, *pixels.shape[1:]), labels.new_zeros(1)
-            keys, weights = keys.new_zeros(1), weights.new_zeros(1)
-        if self.recipe.augment.symmetries:
-            pixels = symmetries(pixels, keys)
-        set_tile_keys(self.model, keys)
-        with self._autocast():
-            logits = self.forward(normalise(pixels, self.index.mean, self.index.std))
-        losses = functional.cross_entropy(
-            logits.float(), labels, reduction="none", label_smoothing=self.recipe.label_smoothing
-        )
-        loss = (losses * weights).sum() / batch.global_count
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss * self.world_size).backward()  # type: ignore[no-untyped-call]  # DDP averages over ranks, this sums
-        self.optimizer.step()
-        return loss.detach(), ((logits.argmax(1) == labels) * weights).sum().detach()
 
     def _log(self, pending: Pending) -> None:
         """Reduce what happened since the last time over all ranks and tell the status."""
@@ -149,15 +121,12 @@ class Trainer:
                 seconds_by_stage={"wait": self.progress.waited, "train": self.progress.seconds},
             )
 
-    @torch.no_grad()
     def _validate(self) -> tuple[float, float]:
         """Mean loss and accuracy over the val split, each tile once over all ranks; NaN where it is empty."""
+        self.learner.agree()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.model.eval()
         for batch in self.val_loader.pass_once(256):
-            with self._autocast():
-                logits = self.model(normalise(batch.pixels.to(self.device), self.index.mean, self.index.std))
-            labels = batch.labels.to(self.device)
+            logits, labels = self.learner.logits(batch.pixels), batch.labels.to(self.device)
             losses = functional.cross_entropy(logits.double(), labels, reduction="sum")
             sums += torch.stack([losses, (logits.argmax(1) == labels).sum(), losses.new_tensor(len(labels))])
         if self.world_size > 1:
@@ -174,19 +143,18 @@ class Trainer:
             "train_accuracy": progress.correct / progress.seen,
             "val_loss": None if math.isnan(val_loss) else val_loss,
             "val_accuracy": None if math.isnan(val_accuracy) else val_accuracy,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self._learning_rate(self.sampler.steps - 1),
             "tiles_per_second": progress.seen / progress.seconds,
             "seconds": progress.seconds,
             "seconds_waiting": progress.waited,
             "losses": progress.losses,
         }
-        better = math.isnan(val_accuracy) or val_accuracy > progress.best_accuracy
+        after = progress.after_epoch(val_loss, val_accuracy, self.recipe.schedule.patience)
         if self.rank == 0:
             records.append_metrics(self.recipe.run, row)
-            if better:
+            if not after.epochs_since_best:
                 self._save_bundle(row)
-        best = progress.best_accuracy if not better or math.isnan(val_accuracy) else val_accuracy
-        self.progress = Progress(epoch=progress.epoch + 1, best_accuracy=best)
+        self.progress = after
         self._save()
         if self.status:
             self.status.update(force=True, done_tiles=self._done_tiles(), accuracy=row["val_accuracy"])
@@ -207,45 +175,37 @@ class Trainer:
             data_fingerprint=fingerprint(self.recipe.shards),
             versions={"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
         )
-        save_bundle(storage.join(self.recipe.run, "bundle"), self.model, info)
+        save_bundle(storage.join(self.recipe.run, "bundle"), self.learner.best, info)
 
     def _save(self) -> None:
         if self.rank == 0:
             step = self.progress.epoch * self.sampler.steps + self.progress.step
-            state = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "progress": vars(self.progress),
-            }
+            state = self.learner.state() | {"progress": vars(self.progress)}
             checkpoint.save(self.recipe.run, state, step=step, keep=self.recipe.checkpoint.keep)
 
-    def _restore(self) -> None:
-        """Go on from the newest whole checkpoint; every rank reads the one that rank 0 chose."""
+    def _checkpoint(self) -> checkpoint.State | None:
+        """The newest whole checkpoint; every rank reads the one that rank 0 chose."""
         chosen: list[str | None] = [None]
         if self.rank == 0:
             chosen = [checkpoint.newest_whole(self.recipe.run, warn=lambda line: print(line, file=sys.stderr))]
         if self.world_size > 1:
             dist.broadcast_object_list(chosen)
-        if chosen[0] is not None:
-            state = checkpoint.load(chosen[0])
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.progress = Progress(**state["progress"])
+        return None if chosen[0] is None else checkpoint.load(chosen[0])
 
-    def _rate(self, step: int) -> float:
-        """Share of the full learning rate at ``step`` of this epoch."""
+    def _is_exhausted(self) -> bool:
+        patience = self.recipe.early_stopping
+        return patience is not None and self.progress.epochs_since_best >= patience
+
+    def _learning_rate(self, step: int) -> float:
+        """The learning rate of ``step`` of this epoch."""
         at = self.progress.epoch * self.sampler.steps + step
-        return rate(self.recipe.schedule, at, self.recipe.epochs * self.sampler.steps)
+        share = rate(self.recipe.schedule, at, self.sampler.steps, self.recipe.epochs, self.progress.drops)
+        return self.recipe.optimizer.learning_rate * share
 
     def _done_tiles(self) -> int:
         return self.progress.epoch * self.sampler.tiles + min(
             self.progress.step * self.sampler.batch_size, self.sampler.tiles
         )
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.recipe.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
 
     def _trace(self, batch: Batch) -> None:
         ids = [self.train_loader.reader.tile_ids[position] for position in batch.positions]

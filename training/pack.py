@@ -1,7 +1,7 @@
 """Raw tiles become a shard set: leak-free splits, shards that are the same to the byte on every run, an index.
 
-In goes a source of class folders, out comes the folder that :mod:`training.shards` describes. A first pass reads and
-decodes every tile (:mod:`training.survey`), the second writes. ``tilefleet pack SOURCE OUT`` runs it.
+In goes a source (:mod:`training.sources`), out comes the folder that :mod:`training.shards` describes. A first pass
+reads and decodes every tile (:mod:`training.survey`), the second writes. ``tilefleet pack SOURCE OUT`` runs it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,16 +24,23 @@ from webdataset import TarWriter
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from training.decode import TileError, decode_image, resize
+from training.raw import first_few
 from training.shards import INDEX, MARKER, SPLITS, TILES, TILES_SCHEMA, Index, Shard, save_index
 from training.sources import RawTile, open_source
-from training.splits import assign_splits, count_by_class, count_contradictions, plan_shards, warnings
+from training.splits import (
+    assign_splits,
+    count_by_class,
+    count_contradictions,
+    find_leaks,
+    plan_shards,
+    take_val,
+    warnings,
+)
 from training.survey import Progress, Survey, in_order, mean_std, survey, usual_size
 from training.tars import scan_tar
 
 MAX_SIZE = 4096
 """Largest side of a resized tile, in pixels."""
-
-_NAMED = 3  # damaged images named in an error
 
 
 def pack(
@@ -48,9 +57,13 @@ def pack(
 ) -> Index:
     """Pack the tiles of ``source`` (see :func:`open_source`) into a new shard set at ``out``; returns its index.
 
-    ``split`` are the shares of train, val and test. ``size`` in pixels resizes and re-encodes tiles of another size.
-    ``workers`` is the number of threads; what is written does not depend on it. Raises :class:`UsageError` for wrong
-    arguments or an ``out`` that holds something else, :class:`TilefleetError` for bad data; nothing is left then.
+    ``split`` are the shares of train, val and test. Splits that the source gives are kept: where it has no val split,
+    that one is taken out of train with the share val/(train+val), 1/9 for 80,10,10; where it has no test split, test
+    stays empty. A tile with the pixels of one in a more protected given split (test before val before train) is left
+    out and counted, as a published test split must not change. ``size`` in pixels resizes and re-encodes tiles of
+    another size. ``workers`` is the number of threads; what is written does not depend on it. Raises
+    :class:`UsageError` for wrong arguments or an ``out`` that holds something else, :class:`TilefleetError` for bad
+    data; nothing is left then.
     """
     _check_arguments(split, tiles_per_shard, size, workers)
     workers = workers or os.cpu_count() or 1
@@ -59,9 +72,10 @@ def pack(
         target = _check_out(source, out)
         found = survey(raw, size, workers, report)
         _check_usable(source, found, skip_damaged)
-        labels = [tile.label for tile in found.tiles]
-        contents = [facts.content for facts in found.facts]
-        splits = assign_splits(labels, contents, split, seed)
+        found, splits, leaks = _assign(source, found, split, seed)
+        labels, contents = _labels_and_contents(found)
+        given = [name for name in SPLITS if any(tile.split == name for tile in raw.tiles)]
+        counts = count_by_class(raw.classes, labels, splits)
         tile_ids = [tile.tile_id for tile in found.tiles]
         plan = plan_shards(tile_ids, [facts.room for facts in found.facts], splits, seed, tiles_per_shard)
         with _unfinished(_check_out(source, out)):  # again, as the first pass may have taken an hour
@@ -69,20 +83,20 @@ def pack(
             mean, std = mean_std([facts for facts, name in zip(found.facts, splits, strict=True) if name == "train"])
             tile_size = size or usual_size(found.facts)
             other_size = sum((facts.height, facts.width) != (tile_size, tile_size) for facts in found.facts)
-            counts = count_by_class(raw.classes, labels, splits)
             packed = {
                 "source": raw.name,
                 "seed": seed,
                 "split": list(split),
                 "tiles_per_shard": tiles_per_shard,
                 "size": size,
-                "left_out": raw.left_out,
+                "given_splits": given,
+                "left_out": raw.left_out | leaks,
                 "damaged": found.damaged,
                 "resized": other_size if size else 0,
                 "other_size": 0 if size else other_size,
                 "equal_pixels_other_label": count_contradictions(labels, contents),
                 "tiles_by_class": counts,
-                "warnings": list(warnings(counts, split)),
+                "warnings": list(warnings(counts, split, given)),
             }
             index = Index(
                 classes=raw.classes,
@@ -94,6 +108,31 @@ def pack(
                 packed=packed,
             )
             return save_index(target, index)
+
+
+def _assign(source: str, found: Survey, shares: Sequence[int], seed: int) -> tuple[Survey, list[str], dict[str, int]]:
+    """The tiles to pack, the split of each, and by reason how many are not packed as their pixels would leak."""
+    given = [tile.split for tile in found.tiles]
+    if not any(given):
+        return found, assign_splits(*_labels_and_contents(found), shares, seed), {}
+    leaks = find_leaks([facts.content for facts in found.facts], given)
+    kept = [position for position, leak in enumerate(leaks) if leak is None]
+    found = replace(found, tiles=[found.tiles[i] for i in kept], facts=[found.facts[i] for i in kept])
+    labels, contents = _labels_and_contents(found)
+    splits = [tile.split for tile in found.tiles]
+    if all(tile.split != "val" for tile in found.raw.tiles):
+        splits = take_val(labels, contents, splits, shares, seed)
+    trained = {label for label, split in zip(labels, splits, strict=True) if split == "train"}
+    if lost := [name for label, name in enumerate(found.raw.classes) if label not in trained]:
+        raise TilefleetError(
+            f"{source}: no train tile of {', '.join(lost)} is left, as all are damaged or have equal pixels in another "
+            "split; add others"
+        )
+    return found, splits, dict(Counter(f"equal pixels in the {leak} split" for leak in leaks if leak))
+
+
+def _labels_and_contents(found: Survey) -> tuple[list[int], list[bytes]]:
+    return [tile.label for tile in found.tiles], [facts.content for facts in found.facts]
 
 
 def _write_shards(
@@ -191,10 +230,9 @@ def _check_out(source: str, out: str) -> str:
 
 def _check_usable(source: str, found: Survey, skip_damaged: bool) -> None:
     if found.damaged and not skip_damaged:
-        named = ", ".join(f"{entry['source']} ({entry['reason']})" for entry in found.damaged[:_NAMED])
-        more = f" and {len(found.damaged) - _NAMED} more" if len(found.damaged) > _NAMED else ""
+        named = first_few([f"{entry['source']} ({entry['reason']})" for entry in found.damaged])
         raise TilefleetError(
-            f"{source}: {len(found.damaged)} of {len(found.raw.tiles)} images cannot be used: {named}{more}; "
+            f"{source}: {len(found.damaged)} of {len(found.raw.tiles)} images cannot be used: {named}; "
             "repair them, or leave them out with --skip-damaged"
         )
     lost = set(range(len(found.raw.classes))) - {tile.label for tile in found.tiles}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -16,11 +17,33 @@ class Progress:
     epoch: int = 0
     step: int = 0  # of the epoch
     best_accuracy: float = -1.0
+    epochs_since_best: int = 0
+    least_loss: float = math.inf  # of validation
+    epochs_since_least: int = 0
+    drops: int = 0  # of the learning rate, on a plateau
     losses: list[float] = field(default_factory=list)  # of each step of the epoch, over the global batch
     correct: int = 0
     seen: int = 0
     seconds: float = 0.0  # of the epoch
     waited: float = 0.0  # for data, rank 0
+
+    def after_epoch(self, val_loss: float, val_accuracy: float, patience: int) -> Progress:
+        """Where the run is once its epoch is validated; NaN, for an empty split, counts as getting better.
+
+        The loss is on a plateau after ``patience`` epochs without a lower one; then ``drops`` grows by one.
+        """
+        better = not val_accuracy <= self.best_accuracy
+        lower = not val_loss >= self.least_loss
+        stale = 0 if lower else self.epochs_since_least + 1
+        drop = stale >= patience
+        return Progress(
+            epoch=self.epoch + 1,
+            best_accuracy=val_accuracy if better else self.best_accuracy,
+            epochs_since_best=0 if better else self.epochs_since_best + 1,
+            least_loss=val_loss if lower else self.least_loss,
+            epochs_since_least=0 if drop else stale,
+            drops=self.drops + drop,
+        )
 
 
 class Pending:

@@ -1,7 +1,7 @@
-"""A contact sheet: a PNG grid of tiles with their labels, to see at a glance what a data set holds.
+"""A contact sheet: a PNG grid of tiles, to see at a glance what a data set holds or what a recipe makes of it.
 
-In comes a shard set, a tar of images, a folder of images (its sub-folders are the labels) or a single image. Which
-tiles are shown depends on the set alone: classes in equal parts, and within a class evenly spread over the set.
+In comes a shard set, a tar of images, a folder of images (its sub-folders are the labels), a single image, or a recipe.
+Which tiles are shown depends on the set alone: classes in equal parts, and within a class evenly spread over the set.
 
 Command: ``tilefleet show SHARDS_OR_IMAGES [-o grid.png]``
 """
@@ -13,15 +13,22 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import matplotlib
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
-from training.decode import MAX_ENCODED_BYTES, TileError, decode_image, is_image_name
-from training.shards import INDEX, load_index, load_tiles, scan_tar
+from configs.schema import Recipe
+from training.augment import augment
+from training.decode import MAX_ENCODED_BYTES, TileError, decode_image, decode_tiles, is_image_name
+from training.sampler import Epoch, Positions, Sampler
+from training.shards import INDEX, TileReader, load_index, load_tiles, scan_tar
 
 FRAME = 128
 """Side of the square that holds one tile, in pixels."""
@@ -44,6 +51,14 @@ class Entry:
     )  # one over the limit: the decoder refuses a larger file without its being read whole
 
 
+@dataclass(frozen=True)
+class Frame:
+    """One square of a sheet: a picture of :data:`FRAME` pixels, and the words below it."""
+
+    caption: str
+    picture: Image.Image
+
+
 def contact_sheet(location: str, out: str, *, tiles: int = 64, split: str | None = None) -> int:
     """Write a PNG of at most ``tiles`` tiles of ``location`` to ``out``; returns how many it shows.
 
@@ -51,17 +66,42 @@ def contact_sheet(location: str, out: str, *, tiles: int = 64, split: str | None
     reason in it. Raises :class:`UsageError` where there is no such path or split, :class:`TilefleetError` where there
     are no images.
     """
-    if tiles < 1:
-        raise UsageError(f"tiles: at least 1 is needed to show something, not {tiles}")
-    if storage.is_dir(out):
-        raise UsageError(f"{out}: is a folder; name the PNG file to write")
+    _check(out, tiles=tiles)
     entries = _entries(location, split)
     if not entries:
         raise TilefleetError(f"{location}: holds no images that can be shown")
     chosen = [entries[i] for i in choose([entry.group for entry in entries], tiles)]
-    stream = io.BytesIO()
-    _draw(chosen).save(stream, format="PNG")
-    storage.write_bytes(out, stream.getvalue())
+    frames = [Frame(entry.caption, _picture(entry)) for entry in chosen]
+    _write(out, frames, columns=math.ceil(math.sqrt(len(frames))))
+    return len(chosen)
+
+
+def augmented_sheet(recipe: Recipe, out: str, *, tiles: int = 8, variants: int = 8) -> int:
+    """Write a PNG of what ``recipe`` does to training tiles to ``out``; returns how many tiles it shows.
+
+    A row for each tile: as it is, then as the model is shown it in each of the first ``variants`` epochs. Raises
+    :class:`UsageError` where there are no such shards, :class:`TilefleetError` where a tile is damaged.
+    """
+    _check(out, tiles=tiles, variants=variants)
+    index, reader = load_index(recipe.shards), TileReader(recipe.shards, "train")
+    chosen = np.array(choose([index.classes[label] for label in reader.labels], tiles), dtype=np.int64)
+    if not len(chosen):
+        raise TilefleetError(f"{recipe.shards}: no tiles in split 'train'")
+    pixels, errors = decode_tiles(reader.read(chosen.tolist()), index.tile_size)
+    for position, error in zip(chosen, errors, strict=True):
+        if error is not None:
+            raise TilefleetError(f"{recipe.shards}: tile {reader.tile_ids[position]}: {error}")
+    columns = [pixels]
+    for epoch in range(variants):
+        keys = _training_keys(Sampler(len(reader), recipe.batch_size, recipe.seed).epoch(epoch), chosen)
+        columns.append(augment(pixels, keys, recipe.augment))
+    names = [index.classes[label] for label in reader.labels[chosen]]
+    frames = [
+        Frame(f"epoch {epoch}" if epoch else name, _framed(column[row]))
+        for row, name in enumerate(names)
+        for epoch, column in enumerate(columns)
+    ]
+    _write(out, frames, len(columns))
     return len(chosen)
 
 
@@ -80,6 +120,22 @@ def choose(groups: Sequence[str], wanted: int) -> list[int]:
             quotas[group] += 1
             left -= 1
     return [members[g][i * len(members[g]) // quota] for g, quota in quotas.items() for i in range(quota)]
+
+
+def _training_keys(epoch: Epoch, positions: Positions) -> Tensor:
+    """The keys that the tiles at ``positions`` (int64 ``[n]``) have in training in ``epoch``: int64 ``[n]``."""
+    turns = np.argsort(epoch.order)[positions]
+    size = epoch.sampler.batch_size
+    keys = np.array([epoch.share(turn // size, 0, 1)[1][turn % size] for turn in turns.tolist()])
+    return torch.from_numpy(keys.view(np.int64))
+
+
+def _check(out: str, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name}: at least 1 is needed to show something, not {count}")
+    if storage.is_dir(out):
+        raise UsageError(f"{out}: is a folder; name the PNG file to write")
 
 
 def _entries(location: str, split: str | None) -> list[Entry]:
@@ -131,45 +187,56 @@ def _of_tar(location: str) -> list[Entry]:
     ]
 
 
-def _draw(entries: Sequence[Entry]) -> Image.Image:
-    columns = math.ceil(math.sqrt(len(entries)))
-    rows = math.ceil(len(entries) / columns)
+def _write(out: str, frames: Sequence[Frame], columns: int) -> None:
+    rows = math.ceil(len(frames) / columns)
     width, height = FRAME + _GAP, FRAME + _LINE + _GAP
     sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 11)
-    for number, entry in enumerate(entries):
+    for number, frame in enumerate(frames):
         left, top = _GAP + number % columns * width, _GAP + number // columns * height
-        try:
-            sheet.paste(_picture(entry), (left, top))
-        except TileError as error:
-            corner = (left + FRAME - 1, top + FRAME - 1)
-            pen.rectangle((left, top, *corner), fill=_MUTED, outline=_ALARM, width=2)
-            reason = textwrap.wrap(str(error), width=16, max_lines=6, placeholder=" …")
-            pen.multiline_text(
-                (left + FRAME / 2, top + FRAME / 2), "\n".join(reason), _ALARM, font, anchor="mm", align="center"
-            )
-        caption = _shorten(entry.caption, font)
-        pen.text((left + FRAME / 2, top + FRAME + 3), caption, _INK, font, anchor="ma")
-    return sheet
+        sheet.paste(frame.picture, (left, top))
+        pen.text((left + FRAME / 2, top + FRAME + 3), _shorten(frame.caption), _INK, _font(), anchor="ma")
+    stream = io.BytesIO()
+    sheet.save(stream, format="PNG")
+    storage.write_bytes(out, stream.getvalue())
 
 
 def _picture(entry: Entry) -> Image.Image:
-    """The tile in a square of :data:`FRAME` pixels, its proportions kept; raises :class:`TileError`."""
+    """The tile, or the reason why it cannot be decoded, in a square of :data:`FRAME` pixels."""
     try:
-        data = storage.read_bytes(entry.location, entry.offset, entry.size)
+        return _framed(decode_image(storage.read_bytes(entry.location, entry.offset, entry.size)))
+    except TileError as error:
+        return _notice(str(error))
     except OSError as error:
-        raise TileError(f"cannot be read: {error.strerror}") from error
-    image = Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())
+        return _notice(f"cannot be read: {error.strerror}")
+
+
+def _framed(pixels: Tensor) -> Image.Image:
+    """uint8 ``[3, height, width]`` in a square of :data:`FRAME` pixels, its proportions kept."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     return ImageOps.pad(image, (FRAME, FRAME), Image.Resampling.BICUBIC, color=_MUTED)
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont) -> str:
+def _notice(reason: str) -> Image.Image:
+    image = Image.new("RGB", (FRAME, FRAME), _MUTED)
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 0, FRAME - 1, FRAME - 1), outline=_ALARM, width=2)
+    lines = "\n".join(textwrap.wrap(reason, width=16, max_lines=6, placeholder=" …"))
+    pen.multiline_text((FRAME / 2, FRAME / 2), lines, _ALARM, _font(), anchor="mm", align="center")
+    return image
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 11)
+
+
+def _shorten(text: str) -> str:
     """``text`` on one line of the frame's width, its middle left out where it is longer: endings tell files apart."""
     text = " ".join(text.split())
     kept = len(text)
     shortened = text
-    while font.getlength(shortened) > FRAME and kept > 2:
+    while _font().getlength(shortened) > FRAME and kept > 2:
         kept -= 1
         shortened = f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
     return shortened

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -37,6 +37,36 @@ def assign_splits(labels: Sequence[int], contents: Sequence[bytes], shares: Sequ
             for member in (member for content in order[first:last] for member in groups[content]):
                 splits[member] = split
     return splits
+
+
+def find_leaks(contents: Sequence[bytes], given: Sequence[str]) -> list[str | None]:
+    """For each tile of given splits, the more protected split that holds a tile of equal content; else None.
+
+    A published test split must not change, so test is protected from val and train, and val from train.
+    """
+    rank = {split: place for place, split in enumerate(SPLITS)}
+    holder = {
+        content: max((given[member] for member in members), key=rank.__getitem__)
+        for content, members in _groups(contents).items()
+    }
+    return [
+        holder[content] if holder[content] != split else None for content, split in zip(contents, given, strict=True)
+    ]
+
+
+def take_val(
+    labels: Sequence[int], contents: Sequence[bytes], splits: Sequence[str], shares: Sequence[int], seed: int
+) -> list[str]:
+    """``splits`` with a val split that is taken out of train as :func:`assign_splits` does; the others stay.
+
+    Its share of train is val/(train+val) of ``shares``: 1/9 for 80,10,10.
+    """
+    taken = list(splits)
+    train = [position for position, split in enumerate(splits) if split == "train"]
+    parts = assign_splits([labels[i] for i in train], [contents[i] for i in train], (*shares[:2], 0), seed)
+    for position, part in zip(train, parts, strict=True):
+        taken[position] = part
+    return taken
 
 
 def plan_shards(
@@ -75,14 +105,20 @@ def count_contradictions(labels: Sequence[int], contents: Sequence[bytes]) -> in
     return sum(len(members) for members in groups if len({labels[member] for member in members}) > 1)
 
 
-def warnings(counts: dict[str, dict[str, int]], shares: Sequence[int]) -> Iterator[str]:
-    """A line for each split with a share that has no tile at all, or none of some classes."""
+def warnings(counts: dict[str, dict[str, int]], shares: Sequence[int], given: Collection[str] = ()) -> Iterator[str]:
+    """A line for each split that was wanted or ``given`` and has no tile at all, or none of some classes."""
     for split, share in zip(SPLITS, shares, strict=True):
         missing = [name for name, by_split in counts.items() if not by_split[split]]
-        if share and len(missing) == len(counts):
-            yield f"split {split} is empty: too few tiles for a share of {share}"
-        elif share and missing:
+        if not share and split not in given:
+            continue
+        if missing and len(missing) < len(counts):
             yield f"split {split} has no tile of {', '.join(missing)}"
+        elif missing and split in given:
+            yield f"split {split} is empty: none of its tiles is left"
+        elif missing and given and split == "test":
+            yield "split test is empty: the source gives splits, but no test split"
+        elif missing:
+            yield f"split {split} is empty: too few tiles for a share of {share}"
 
 
 def _groups(contents: Sequence[bytes]) -> dict[bytes, list[int]]:

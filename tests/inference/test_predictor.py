@@ -117,6 +117,7 @@ def test_a_gpu_agrees_with_the_cpu_within_bfloat16(bundle: str) -> None:
     assert np.abs(slow.probabilities - fast.probabilities).max() < 0.1
 
 
+@pytest.mark.process
 def test_it_runs_without_ray(bundle: str, tmp_path: Path) -> None:
     (tmp_path / "tile.jpg").write_bytes(jpegs(1)[0])
     program = (

@@ -240,6 +240,91 @@ def test_what_is_left_out_is_in_the_index(tiles: Path, tmp_path: Path) -> None:
     assert index.packed["tiles_by_class"]["Crop"] == {"train": 24, "val": 3, "test": 3}
 
 
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """90 train and 10 test tiles of two classes, in folders of given splits."""
+    for number in range(100):
+        split, name = ("train", "test")[number >= 90], ("Crop", "Water")[number % 2]
+        save(tmp_path / "published" / split / name / f"{number:03}.png", picture(number))
+    return tmp_path / "published"
+
+
+def ids(out: Path, split: str) -> set[str]:
+    return set(TileReader(out, split).tile_ids)
+
+
+def test_a_given_test_split_is_kept_and_val_is_a_ninth_of_the_given_train(published: Path, tmp_path: Path) -> None:
+    index = pack(str(published), str(tmp_path / "out"))
+    assert {split: index.tiles(split) for split in SPLITS} == {"train": 80, "val": 10, "test": 10}
+    assert ids(tmp_path / "out", "test") == {
+        f"test/{('Crop', 'Water')[number % 2]}/{number:03}" for number in range(90, 100)
+    }
+    assert all(name.startswith("train/") for name in ids(tmp_path / "out", "train") | ids(tmp_path / "out", "val"))
+    assert index.packed["given_splits"] == ["train", "test"]
+    assert index.packed["tiles_by_class"]["Crop"] == {"train": 40, "val": 5, "test": 5}
+    assert (index.packed["left_out"], index.packed["warnings"]) == ({}, [])
+    assert verify(tmp_path / "out") == []
+
+
+def test_given_splits_are_the_same_for_any_workers_and_for_a_folder_and_its_zip(
+    published: Path, tmp_path: Path
+) -> None:
+    archive = shutil.make_archive(str(tmp_path / "zip" / "published"), "zip", tmp_path, "published")
+    pack(str(published), str(tmp_path / "one"), workers=1, tiles_per_shard=7)
+    pack(archive, str(tmp_path / "two"), workers=4, tiles_per_shard=7)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_three_given_splits_are_kept_whatever_the_shares_and_no_test_split_is_made(
+    published: Path, tmp_path: Path
+) -> None:
+    (published / "test").rename(published / "Validation")
+    two = pack(str(published), str(tmp_path / "two"), split=(50, 25, 25))
+    assert {split: two.tiles(split) for split in SPLITS} == {"train": 90, "val": 10, "test": 0}
+    assert two.packed["warnings"] == ["split test is empty: the source gives splits, but no test split"]
+    for number in range(200, 206):
+        save(published / "testing" / ("Crop", "Water")[number % 2] / "1" / f"{number}.png", picture(number))
+    three = pack(str(published), str(tmp_path / "three"), split=(1, 0, 0))
+    assert {split: three.tiles(split) for split in SPLITS} == {"train": 90, "val": 10, "test": 6}
+    assert three.packed["warnings"] == []
+
+
+def test_a_tile_equal_to_one_of_a_more_protected_split_is_left_out_and_counted(published: Path, tmp_path: Path) -> None:
+    for number in range(300, 310):
+        save(published / "val" / ("Crop", "Water")[number % 2] / f"{number}.png", picture(number))
+    before = pack(str(published), str(tmp_path / "before"))
+    save(published / "train" / "Crop" / "of_test.bmp", picture(90))
+    save(published / "train" / "Water" / "of_test_too.bmp", picture(90))  # under another label
+    save(published / "val" / "Crop" / "of_test.bmp", picture(91))
+    save(published / "train" / "Crop" / "of_val.bmp", picture(300))
+    save(published / "train" / "Crop" / "again.bmp", picture(0))  # of its own split: stays
+    save(published / "test" / "Crop" / "again.bmp", picture(92))
+    after = pack(str(published), str(tmp_path / "after"))
+    assert after.packed["left_out"] == {"equal pixels in the test split": 3, "equal pixels in the val split": 1}
+    assert ids(tmp_path / "after", "train") == ids(tmp_path / "before", "train") | {"train/Crop/again"}
+    assert ids(tmp_path / "after", "val") == ids(tmp_path / "before", "val")
+    assert ids(tmp_path / "after", "test") == ids(tmp_path / "before", "test") | {"test/Crop/again"}
+    assert before.packed["left_out"] == {}
+    assert verify(tmp_path / "after") == []
+
+
+def test_a_class_that_a_given_split_lacks_is_a_warning_and_one_without_train_tiles_an_error(
+    published: Path, tmp_path: Path
+) -> None:
+    for path in (published / "test" / "Water").iterdir():
+        path.unlink()
+    index = pack(str(published), str(tmp_path / "out"))
+    assert index.packed["warnings"] == ["split test has no tile of Water"]
+    assert index.packed["left_out"] == {"folder without images: test/Water": 1}
+    save(published / "test" / "Swamp" / "1.png", picture(400))
+    with pytest.raises(TilefleetError, match="Swamp has tiles in another split but none in train"):
+        pack(str(published), str(tmp_path / "swamp"))
+    save(published / "train" / "Swamp" / "copy.png", picture(400))
+    with pytest.raises(TilefleetError, match="no train tile of Swamp is left"):
+        pack(str(published), str(tmp_path / "swamp"))
+    assert not (tmp_path / "swamp").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [
@@ -314,6 +399,7 @@ def test_progress_is_told_to_the_end_of_both_passes(tiles: Path, tmp_path: Path)
         assert counts[-1] == 60
 
 
+@pytest.mark.process
 def test_a_killed_pack_looks_unfinished_and_the_next_one_works(tiles: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (

@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from configs.errors import TilefleetError, UsageError
+from configs.schema import Recipe
 from training import show
+from training.augment import augment
+from training.loader import RankLoader
 from training.pack import pack
-from training.show import choose, contact_sheet
+from training.sampler import Sampler
+from training.shards import TileReader
+from training.show import augmented_sheet, choose, contact_sheet
 
 GREEN, BLUE, ALARM = (40, 160, 60), (30, 60, 170), (179, 38, 30)
 
@@ -128,6 +133,56 @@ def test_real_tiles_are_drawn(tmp_path: Path, eurosat_zip: Path) -> None:
         archive.extractall(tmp_path, names)
 
     assert contact_sheet(str(tmp_path / "EuroSAT_RGB"), str(tmp_path / "grid.png")) == len(names)
+
+
+def test_a_recipe_is_drawn_as_rows_of_a_tile_and_its_variants(
+    tmp_path: Path, shards: Path, small_recipe: dict[str, object]
+) -> None:
+    recipe = Recipe.model_validate(small_recipe)
+    assert augmented_sheet(recipe, str(tmp_path / "sheet.png"), tiles=3, variants=4) == 3
+
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (10 + 5 * (show.FRAME + 10), 10 + 3 * (show.FRAME + 26))
+    frames = [frame(sheet, row=1, column=column) for column in range(5)]
+    levels = [np.sort(np.asarray(picture).astype(int), axis=None) for picture in frames]
+    assert all(abs(levels[0] - other).max() <= 2 for other in levels)  # the eight positions hold the same pixels
+    assert len({picture.tobytes() for picture in frames}) > 1
+
+
+def test_variants_are_what_the_model_is_shown_in_training(
+    tmp_path: Path, shards: Path, small_recipe: dict[str, object]
+) -> None:
+    small_recipe |= {"augment": {"rotation": 90, "brightness": 0.5}}
+    recipe = Recipe.model_validate(small_recipe)
+    augmented_sheet(recipe, str(tmp_path / "sheet.png"), tiles=2, variants=2)
+    sheet = Image.open(tmp_path / "sheet.png")
+
+    reader = TileReader(str(shards), "train")
+    first, second = choose([str(label) for label in reader.labels], 2)
+    for epoch in range(2):
+        order = Sampler(len(reader), recipe.batch_size, recipe.seed).epoch(epoch)
+        shown = {}
+        for batch in RankLoader(reader, 32).epoch(order):
+            pixels = augment(batch.pixels, batch.keys, recipe.augment)
+            shown |= dict(zip(batch.positions.tolist(), pixels, strict=True))
+        for row, position in enumerate((first, second)):
+            expected = Image.fromarray(shown[position].permute(1, 2, 0).numpy())
+            expected = ImageOps.pad(expected, (show.FRAME, show.FRAME), Image.Resampling.BICUBIC)
+            assert frame(sheet, row, epoch + 1).tobytes() == expected.tobytes()
+
+
+def test_a_sheet_of_a_recipe_without_shards_is_refused(tmp_path: Path, small_recipe: dict[str, object]) -> None:
+    recipe = Recipe.model_validate(small_recipe | {"shards": str(tmp_path / "none")})
+
+    with pytest.raises(UsageError, match="none: no such shard set"):
+        augmented_sheet(recipe, str(tmp_path / "sheet.png"))
+    with pytest.raises(UsageError, match="variants: at least 1"):
+        augmented_sheet(recipe, str(tmp_path / "sheet.png"), variants=0)
+
+
+def frame(sheet: Image.Image, row: int, column: int) -> Image.Image:
+    left, top = 10 + column * (show.FRAME + 10), 10 + row * (show.FRAME + 26)
+    return sheet.crop((left, top, left + show.FRAME, top + show.FRAME))
 
 
 def class_folders(root: Path, per_class: int, vary: bool = False) -> Path:

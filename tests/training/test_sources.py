@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from configs.errors import TilefleetError, UsageError
-from training import sources
-from training.decode import TileError
+from training.decode import MAX_ENCODED_BYTES, TileError
 from training.sources import RawTile, Source, open_source
 
 
@@ -142,7 +141,7 @@ def test_an_id_that_readers_would_cut_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_place_that_is_no_source_is_a_wrong_command_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such folder or zip"):
+    with pytest.raises(UsageError, match="no such folder, zip"):
         find(tmp_path / "nothing")
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UsageError, match="neither a folder nor a zip"):
@@ -157,7 +156,14 @@ def test_a_place_that_is_no_source_is_a_wrong_command_line(tmp_path: Path) -> No
         (["a.jpg", "b.jpg"], "2 outside any class folder"),
         (["Crop/a.jpg", "Crop/b.jpg"], r"only one class \(Crop\)"),
         (["set/Crop/a.jpg"], r"only one class \(Crop\)"),
-        (["train/Crop/a.jpg", "test/Crop/a.jpg"], r"splits \(test, train\), not classes"),
+        (["train/Crop/a.jpg", "test/Crop/a.jpg"], r"only one class \(Crop\)"),
+        (["train/a.jpg", "test/b.jpg"], "2 outside any class folder"),
+        (["val/Crop/a.jpg", "test/Crop/a.jpg"], r"splits \(test, val\), not classes, and not train"),
+        (
+            ["train/Crop/a.jpg", "train/Water/a.jpg", "test/Crop/b.jpg", "test/Swamp/b.jpg"],
+            "Swamp has tiles in another",
+        ),
+        (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "validation/a/1.jpg"], "val/a/1.jpg and validation/a/1.jpg"),
     ],
 )
 def test_a_source_without_two_classes_is_refused_in_clear_words(tmp_path: Path, names: list[str], message: str) -> None:
@@ -225,7 +231,7 @@ def test_a_changed_byte_in_a_zip_is_found_by_its_checksum(tmp_path: Path) -> Non
 
 
 def test_limits_hold_before_anything_is_decompressed(tmp_path: Path) -> None:
-    size = sources.MAX_ENCODED_BYTES + 1
+    size = MAX_ENCODED_BYTES + 1
     path = make_zip(tmp_path / "a.zip", lambda z: z.writestr("Crop/bomb.jpg", bytes(size), zipfile.ZIP_DEFLATED))
     assert path.stat().st_size < 1 << 20
     with closing(open_source(path)) as source, pytest.raises(TileError, match="over the limit"):
@@ -238,6 +244,62 @@ def test_a_zip_that_lies_about_a_size_is_not_believed(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(true, lie))
     with closing(open_source(path)) as source, pytest.raises(TileError, match="damaged in the zip"):
         source.read(next(tile for tile in source.tiles if tile.tile_id == "Crop/lie"))
+
+
+def test_given_splits_are_kept_and_come_first_in_the_ids(tmp_path: Path) -> None:
+    root = folder(tmp_path / "t", "train/Crop/1.jpg", "train/Water/1.jpg", "test/Crop/1.jpg", "val/Water/north/1.jpg")
+    for source in (find(root), find(zipped(root, tmp_path / "t"))):
+        assert source.classes == ["Crop", "Water"]
+        assert source.tiles == [
+            RawTile("test/Crop/1", 0, "test/Crop/1.jpg", "test"),
+            RawTile("train/Crop/1", 0, "train/Crop/1.jpg", "train"),
+            RawTile("train/Water/1", 1, "train/Water/1.jpg", "train"),
+            RawTile("val/Water/north/1", 1, "val/Water/north/1.jpg", "val"),
+        ]
+        assert source.left_out == {}
+
+
+@pytest.mark.parametrize("wrapper", ["", "CIFAR10/", "a/b/"])
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Training", "Validation", "Testing"),
+        ("TRAIN", "valid", "Test"),
+        ("train", "validate", "TEST"),
+    ],
+)
+def test_splits_are_known_in_any_usual_spelling_and_below_other_folders(
+    tmp_path: Path, wrapper: str, train: str, val: str, test: str
+) -> None:
+    names = [f"{split}/{name}/1.jpg" for split in (train, val, test) for name in ("a", "b")]
+    source = find(folder(tmp_path / "tiles", *(wrapper + name for name in names)))
+    assert ids(source) == [f"{split}/{name}/1" for split in ("test", "train", "val") for name in "ab"]
+    assert all(tile.split == tile.tile_id.split("/")[0] for tile in source.tiles)
+    assert sorted(tile.source for tile in source.tiles) == sorted(names)
+
+
+def test_a_train_folder_by_itself_only_wraps_its_classes_and_beside_other_classes_is_one(tmp_path: Path) -> None:
+    alone = find(folder(tmp_path / "alone", "train/Crop/1.jpg", "train/Water/1.jpg"))
+    assert [(tile.tile_id, tile.split) for tile in alone.tiles] == [("Crop/1", ""), ("Water/1", "")]
+    assert find(folder(tmp_path / "rail", "train/1.jpg", "tram/1.jpg")).classes == ["train", "tram"]
+
+
+def test_what_stands_beside_the_splits_or_lacks_images_in_one_is_left_out_and_counted(tmp_path: Path) -> None:
+    root = folder(
+        tmp_path / "tiles",
+        *("train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg", "test/1.jpg"),
+        *("unlabelled/c/1.jpg", "unlabelled/2.jpg", "stray.jpg"),
+    )
+    (root / "test" / "b").mkdir()
+    (root / "unlabelled" / "d").mkdir()
+    for source in (find(root), find(zipped(root, tmp_path / "tiles"))):
+        assert ids(source) == ["test/a/1", "train/a/1", "train/b/1"]
+        assert source.left_out == {
+            "folder without images: test/b": 1,
+            "outside any class folder": 2,
+            "outside the folders of the splits: unlabelled": 2,
+        }
 
 
 @pytest.mark.data

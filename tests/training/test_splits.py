@@ -14,7 +14,9 @@ from training.splits import (
     assign_splits,
     count_by_class,
     count_contradictions,
+    find_leaks,
     plan_shards,
+    take_val,
     warnings,
 )
 
@@ -88,6 +90,45 @@ def test_another_seed_is_another_split() -> None:
     assert assigned(tiles, (80, 10, 10)).count("val") == 10
 
 
+GIVEN = st.lists(st.tuples(st.sampled_from(SPLITS), st.integers(0, 20)), max_size=100)
+
+
+@given(GIVEN)
+def test_without_its_leaks_a_content_is_in_its_most_protected_given_split_only(tiles: list[tuple[str, int]]) -> None:
+    leaks = find_leaks([str(content).encode() for _, content in tiles], [split for split, _ in tiles])
+    for (split, content), leak in zip(tiles, leaks, strict=True):
+        most = max((other for other, same in tiles if same == content), key=("train", "val", "test").index)
+        assert leak == (None if split == most else most)
+
+
+def test_a_given_test_split_stays_whole_and_equal_tiles_of_one_split_stay_together() -> None:
+    contents = [b"x", b"x", b"x", b"x", b"y", b"y", b"z", b"z"]
+    given = ["train", "val", "test", "test", "train", "val", "train", "train"]
+    assert find_leaks(contents, given) == ["test", "test", None, None, "val", None, None, None]
+
+
+@given(CONTENTS, st.integers(0, 5))
+def test_val_is_taken_out_of_train_and_nothing_else_moves(tiles: list[tuple[int, int]], seed: int) -> None:
+    before = ["test" if content % 3 == 0 else "train" for _, content in tiles]
+    labels, contents = [label for label, _ in tiles], [str(content).encode() for _, content in tiles]
+    after = take_val(labels, contents, before, (80, 10, 10), seed)
+    assert all(now == then or (now, then) == ("val", "train") for now, then in zip(after, before, strict=True))
+    val = {content for (_, content), split in zip(tiles, after, strict=True) if split == "val"}
+    assert not val & {content for (_, content), split in zip(tiles, after, strict=True) if split == "train"}
+
+
+@pytest.mark.parametrize(("shares", "expected"), [((80, 10, 10), 20), ((80, 20, 0), 36), ((1, 0, 5), 0)])
+def test_the_val_taken_has_its_share_of_train_and_val_in_every_class(shares: tuple[int, ...], expected: int) -> None:
+    labels = [number % 2 for number in range(200)]
+    contents = [str(number).encode() for number in range(200)]
+    splits = ["train"] * 180 + ["test"] * 20
+    taken = take_val(labels, contents, splits, shares, 0)
+    assert taken.count("val") == expected
+    assert sum(label for label, split in zip(labels, taken, strict=True) if split == "val") == expected // 2
+    assert taken[180:] == splits[180:]
+    assert (taken == take_val(labels, contents, splits, shares, 1)) == (expected == 0)
+
+
 @given(st.lists(st.tuples(st.sampled_from(SPLITS), st.integers(1, 100)), max_size=100), st.integers(1, 9))
 def test_every_tile_is_planned_once_into_a_shard_of_its_split(tiles: list[tuple[str, int]], most: int) -> None:
     ids = [f"tile{i}" for i in range(len(tiles))]
@@ -127,6 +168,16 @@ def test_counts_and_warnings_say_what_a_split_lacks() -> None:
         "split test is empty: too few tiles for a share of 10",
     ]
     assert list(warnings(counts, (80, 0, 0))) == []
+
+
+def test_warnings_tell_a_split_that_was_not_given_from_one_that_is_too_small() -> None:
+    counts = {"a": {"train": 2, "val": 0, "test": 0}, "b": {"train": 1, "val": 0, "test": 0}}
+    assert list(warnings(counts, (80, 10, 10), ("train", "val"))) == [
+        "split val is empty: none of its tiles is left",
+        "split test is empty: the source gives splits, but no test split",
+    ]
+    counts["a"]["test"] = 1
+    assert list(warnings(counts, (80, 0, 0), ("train", "test"))) == ["split test has no tile of b"]
 
 
 @pytest.mark.parametrize(("labels", "expected"), [([0, 1, 1], 2), ([0, 0, 1], 0)])
