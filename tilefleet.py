@@ -55,8 +55,6 @@ def pack(
         shares = tuple(int(part) for part in split.split(","))
     except ValueError as error:
         raise UsageError(f"--split {split}: three numbers are needed, as 80,10,10") from error
-    if len(shares) != 3:
-        raise UsageError(f"--split {split}: three numbers are needed, as 80,10,10")
     with progress_line() as show:
         index = pack(
             source,

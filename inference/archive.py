@@ -192,7 +192,6 @@ def write_plan(out: str, plan: Plan, terms: Terms) -> None:
     schema = PLAN_SCHEMA.with_metadata({key: json.dumps(value) for key, value in notes.items()})
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer)
-    storage.make_dirs(out)
     storage.write_bytes(storage.join(out, PLAN), buffer.getvalue())
 
 

@@ -15,8 +15,7 @@ import numpy.typing as npt
 import torch
 
 from configs.errors import UsageError
-from training.augment import normalise
-from training.bundle import load_bundle
+from training.bundle import bundle_logits, load_bundle
 from training.decode import decode_tiles
 
 ENGINES = {"cpu": "torch-f32", "cuda": "torch-bf16"}
@@ -82,10 +81,6 @@ class Predictor:
         )
 
     def _forward(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
-        on_gpu = self.device == "cuda"
-        with torch.inference_mode(), torch.autocast(self.device, dtype=torch.bfloat16, enabled=on_gpu):
-            images = normalise(pixels.to(self.device), self.info.mean, self.info.std)
-            logits = self.model(images).float()
-            probabilities = torch.softmax(logits / self.info.temperature, dim=1)
+        probabilities = torch.softmax(bundle_logits(self.model, self.info, pixels, self.device), dim=1)
         array: npt.NDArray[np.float32] = probabilities.cpu().numpy()
         return array

@@ -131,7 +131,6 @@ def write_part(out: str, chunk_id: str, table: pa.Table, summary: Summary) -> No
     buffer = io.BytesIO()
     annotated = table.replace_schema_metadata({SUMMARY_KEY: summary.model_dump_json().encode()})
     pq.write_table(annotated, buffer, compression="zstd", row_group_size=max(1, table.num_rows))
-    storage.make_dirs(storage.join(out, PREDICTIONS))
     storage.write_bytes(part_location(out, chunk_id), buffer.getvalue())
 
 

@@ -10,15 +10,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, ValidationError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Sealed
 from training import models
+from training.augment import normalise
 
 WEIGHTS = "model.safetensors"
 INFO = "bundle.json"
@@ -49,7 +51,6 @@ def save_bundle(location: str | Path, model: nn.Module, info: BundleInfo) -> Bun
         {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     )
     info = info.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()}).sealed()
-    storage.make_dirs(location)
     storage.write_bytes(storage.join(location, WEIGHTS), weights)
     storage.write_bytes(storage.join(location, INFO), info.model_dump_json(indent=1).encode())
     return info
@@ -91,6 +92,18 @@ def load_bundle(location: str | Path) -> tuple[nn.Module, BundleInfo]:
         reason = str(error).splitlines()[0]
         raise TilefleetError(f"{location}: the weights do not fit the model {info.architecture} ({reason})") from error
     return model.eval(), info
+
+
+def bundle_logits(model: nn.Module, info: BundleInfo, pixels: Tensor, device: torch.device | str) -> Tensor:
+    """Logits over the temperature, float32 ``[B, classes]`` on ``device``, for uint8 ``[B, 3, size, size]``.
+
+    Evaluation and inference both judge these numbers: float32 on the CPU, bfloat16 autocast on a GPU. ``model`` must
+    be on ``device``.
+    """
+    kind = torch.device(device).type
+    with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        logits: Tensor = model(normalise(pixels.to(device), info.mean, info.std))
+        return logits.float() / info.temperature
 
 
 def _read_weights(location: str | Path, info: BundleInfo) -> bytes:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.augment import normalise
-from training.bundle import BundleInfo, load_bundle, save_bundle
+from training.bundle import BundleInfo, bundle_logits, load_bundle, save_bundle
 from training.decode import decode_tiles
 from training.shards import TileReader
 
@@ -36,7 +35,7 @@ def calibrate(bundle: str, shards: str, device: torch.device) -> BundleInfo:
     reader = TileReader(shards, "val")
     if not len(reader):
         return info
-    logits, errors = bundle_logits(model, info.model_copy(update={"temperature": 1.0}), reader, device)
+    logits, errors = split_logits(model, info.model_copy(update={"temperature": 1.0}), reader, device)
     decoded = torch.tensor([error is None for error in errors])
     labels = torch.from_numpy(reader.labels.astype(np.int64))
     temperature = fit_temperature(logits[decoded], labels[decoded])
@@ -68,7 +67,7 @@ def unknown_threshold(confidence: Tensor, false_alarms: float = FALSE_ALARMS) ->
     return float(confidence.sort().values[int(false_alarms * len(confidence))])
 
 
-def bundle_logits(
+def split_logits(
     model: nn.Module,
     info: BundleInfo,
     reader: TileReader,
@@ -83,9 +82,7 @@ def bundle_logits(
     for start in range(0, len(reader), batch_size):
         positions = range(start, min(start + batch_size, len(reader)))
         pixels, batch_errors = decode_tiles(reader.read(positions), info.tile_size)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            batch = model(normalise(pixels.to(device), info.mean, info.std))
-        logits[start : positions.stop] = batch.float().cpu() / info.temperature
+        logits[start : positions.stop] = bundle_logits(model, info, pixels, device).cpu()
         errors += batch_errors
         if progress:
             progress(positions.stop, len(reader))

@@ -34,7 +34,6 @@ def save(run: str | Path, state: State, *, step: int, keep: int) -> str:
     data = buffer.getvalue()
     location = storage.join(run, "checkpoints", f"step-{step:08d}")
     manifest = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    storage.make_dirs(location)
     storage.write_bytes(storage.join(location, STATE), data)
     storage.write_bytes(storage.join(location, MANIFEST), json.dumps(manifest).encode())
     for old in complete(run)[:-keep]:

@@ -27,7 +27,7 @@ from torch.nn import functional
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from training.bundle import load_bundle
-from training.calibrate import Progress, bundle_logits
+from training.calibrate import Progress, split_logits
 from training.shards import TileReader, fingerprint, load_index
 
 RESULT = "evaluation.json"
@@ -64,12 +64,10 @@ def evaluate(
     model, info = load_bundle(bundle)
     index = load_index(shards)
     _check_classes(bundle, info.classes, shards, index.classes)
-    if not index.tiles(split):
-        held = ", ".join(name for name in index.splits if index.tiles(name)) or "none"
-        raise UsageError(f"{shards}: no tiles in split {split!r}; splits with tiles: {held}")
+    index.require(shards, split)
     out = _place(bundle, out)
     reader = TileReader(shards, split)
-    logits, errors = bundle_logits(model, info, reader, _device(device), batch_size, progress)
+    logits, errors = split_logits(model, info, reader, _device(device), batch_size, progress)
 
     labels = torch.from_numpy(reader.labels.astype(np.int64))
     decoded = torch.tensor([error is None for error in errors])

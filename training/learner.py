@@ -59,7 +59,7 @@ class Learner:
     def begin_epoch(self, epoch: int) -> None:
         """Freeze or free the backbone as the recipe wants it in ``epoch``, counted from 0, and distribute the model."""
         frozen = epoch < self.recipe.model.freeze_epochs
-        for parameter in models.backbone(self.recipe.model.name, self.model):
+        for parameter in models.backbone(self.model):
             if parameter.requires_grad == frozen:
                 parameter.requires_grad = not frozen
                 self.forward = None

@@ -218,7 +218,7 @@ def initialise(name: str, model: nn.Module, weights: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def backbone(name: str, model: nn.Module) -> list[nn.Parameter]:
+def backbone(model: nn.Module) -> list[nn.Parameter]:
     """All parameters of ``model`` but those of its head, which is the last linear layer in every model so far."""
     head = _head(model)
     return [parameter for key, parameter in model.named_parameters() if key not in head]

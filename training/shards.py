@@ -69,6 +69,12 @@ class Index(Sealed):
         """Tiles in ``split``."""
         return sum(shard.tiles for shard in self.splits.get(split, []))
 
+    def require(self, root: str | Path, split: str) -> None:
+        """Raise :class:`UsageError` where ``split`` of this set at ``root`` has no tile."""
+        if not self.tiles(split):
+            held = ", ".join(name for name in self.splits if self.tiles(name)) or "none"
+            raise UsageError(f"{root}: no tiles in split {split!r}; splits with tiles: {held}")
+
 
 @dataclass(frozen=True)
 class Problem:

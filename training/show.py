@@ -154,9 +154,8 @@ def _entries(location: str, split: str | None) -> list[Entry]:
 
 def _of_shards(root: str, split: str | None) -> list[Entry]:
     index = load_index(root)
-    if split is not None and not index.tiles(split):
-        held = ", ".join(name for name in index.splits if index.tiles(name)) or "none"
-        raise UsageError(f"{root}: no tiles in split {split!r}; splits with tiles: {held}")
+    if split is not None:
+        index.require(root, split)
     table = load_tiles(root, split).select(["label", "shard", "offset", "size"])
     names = [index.classes[label] for label in table["label"].to_pylist()]
     places = zip(*(table[column].to_pylist() for column in ("shard", "offset", "size")), strict=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -40,7 +41,6 @@ def train(recipe: Recipe, *, resume: bool = False, follow: Follow | None = None)
         return finished
     with session():
         layout = _layout(recipe)
-        storage.make_dirs(recipe.run)
         storage.write_bytes(
             storage.join(recipe.run, "config.yaml"), yaml.safe_dump(recipe.model_dump(mode="json")).encode()
         )
@@ -141,34 +141,30 @@ def _worker(config: dict[str, Any]) -> None:
         raise
 
 
-class _following:
-    """Shows each new status of a run to ``follow`` from a thread, for the time of the block."""
+@contextmanager
+def _following(run: str, follow: Follow | None) -> Iterator[None]:
+    """Shows each new status of a run to ``follow`` from a thread, for the time of the block and once more after it."""
+    if follow is None:
+        yield
+        return
+    ended = threading.Event()
 
-    def __init__(self, run: str, follow: Follow | None) -> None:
-        self.run = run
-        self.follow = follow
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._poll, name="follow", daemon=True)
-
-    def __enter__(self) -> None:
-        if self.follow:
-            self.thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self.ended.set()
-        if self.follow:
-            self.thread.join()
-
-    def _poll(self) -> None:
-        assert self.follow
-        shown = 0.0
-        over = False
+    def poll() -> None:
+        shown, over = 0.0, False
         while not over:
-            over = self.ended.wait(0.5)
-            status = records.read_status(self.run)
+            over = ended.wait(0.5)
+            status = records.read_status(run)
             if status and status.updated > shown:
                 shown = status.updated
-                self.follow(status)
+                follow(status)
+
+    thread = threading.Thread(target=poll, name="follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _last_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.bundle import load_bundle
-from training.calibrate import bundle_logits, calibrate, fit_temperature, unknown_threshold
+from training.calibrate import calibrate, fit_temperature, split_logits, unknown_threshold
 from training.shards import TileReader
 
 
@@ -58,7 +58,7 @@ def test_calibrating_a_bundle_lowers_its_loss_and_keeps_its_weights(bundle: Path
     assert (tmp_path / "bundle" / "model.safetensors").read_bytes() == (bundle / "model.safetensors").read_bytes()
     reader = TileReader(shards, "val")
     labels = torch.from_numpy(reader.labels).long()
-    scaled, _ = bundle_logits(model, saved, reader, torch.device("cpu"))
+    scaled, _ = split_logits(model, saved, reader, torch.device("cpu"))
     plain = scaled * saved.temperature
     loss = torch.nn.functional.cross_entropy
     assert loss(scaled, labels) <= loss(plain, labels)

@@ -67,7 +67,7 @@ def test_the_moving_average_is_what_is_kept_and_survives_a_resume(small_recipe: 
 def test_a_frozen_backbone_learns_only_after_its_epochs(small_recipe: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(small_recipe | {"model": {"name": "cnn", "freeze_epochs": 1}})
     trainer = Trainer(recipe, CPU)
-    body = models.backbone("cnn", trainer.learner.model)
+    body = models.backbone(trainer.learner.model)
     head = [p for p in trainer.learner.model.parameters() if all(p is not q for q in body)]
     assert body
     assert head

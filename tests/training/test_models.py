@@ -114,7 +114,7 @@ def test_the_backbone_is_all_but_the_head(name: str) -> None:
     with torch.device("meta"):
         model = models.build(name, 7, 32)
     head = list(model.parameters())[-2:]
-    backbone = models.backbone(name, model)
+    backbone = models.backbone(model)
     assert [p.shape[0] for p in head] == [7, 7]
     assert not any(p is h for p in backbone for h in head)
     assert len(backbone) == len(list(model.parameters())) - 2
@@ -129,7 +129,7 @@ def test_a_model_starts_from_the_weights_of_a_file_but_for_its_head(tmp_path: Pa
 
     models.initialise("tilenet", model, path)
 
-    theirs, ours = models.backbone("tilenet", trained), models.backbone("tilenet", model)
+    theirs, ours = models.backbone(trained), models.backbone(model)
     assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(head, list(model.parameters())[-2:], strict=True))
 
@@ -147,7 +147,7 @@ def test_vgg16_starts_from_a_file_of_torchvisions_format(tmp_path: Path) -> None
 
     models.initialise("vgg16", model, path)
 
-    backbone = models.backbone("vgg16", model)
+    backbone = models.backbone(model)
     assert [round(p.flatten()[0].item() * 100) for p in backbone] == list(range(30))
     assert all((p == p.flatten()[0]).all() for p in backbone[:20])
     assert (model.classifier[-1].weight == -1).all()
