@@ -23,6 +23,10 @@ from configs.errors import UsageError
 T = TypeVar("T", bound=BaseModel)
 
 
+Cache = Literal["auto", "device", "decoded", "encoded", "none"]
+"""Where training keeps tiles that it has read: as pixels with the model or in memory, as files in memory, nowhere."""
+
+
 class Config(BaseModel):
     """Base of all configs: frozen, strict about keys."""
 
@@ -119,6 +123,7 @@ class Recipe(Config):
     early_stopping: int | None = Field(default=None, gt=0, description="epochs without a better validation accuracy")
     precision: Literal["f32", "bf16"] = "f32"
     seed: int = Field(default=0, ge=0)
+    cache: Cache = Field(default="auto", description="where tiles stay once read; auto: the quickest that fits")
     workers: int = Field(default=1, gt=0)
     trace: bool = Field(default=False, description="write the tile ids of every step and rank, for audits")
 
@@ -128,7 +133,7 @@ class Recipe(Config):
         return f"{self.runs.rstrip('/')}/{self.name}"
 
 
-RESUMABLE = frozenset({"workers", "checkpoint", "runs", "trace"})
+RESUMABLE = frozenset({"workers", "checkpoint", "runs", "trace", "cache"})
 """Top-level recipe keys that may differ when a run is resumed; any other change would make it another run."""
 
 

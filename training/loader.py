@@ -1,7 +1,7 @@
 """Batches for one rank, prepared by a thread while the model works on the one before.
 
-Encoded tiles are read by offset, checked, decoded and handed over as uint8; everything after that happens on the
-model's device.
+Encoded tiles are read by offset, checked, decoded and handed over as uint8, or taken from the cache that fits (see
+:mod:`training.cache`); everything after that happens on the model's device.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import TilefleetError
-from training.decode import decode_tiles
+from configs.schema import Cache
+from training.cache import keep_tiles
 from training.randomness import UInt64
 from training.sampler import Epoch, Positions
 from training.shards import TileReader
 
 AHEAD = 2
 """Batches kept ready."""
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,23 @@ class Batch:
 
 
 class RankLoader:
-    """Makes the batches of one rank from the tiles of one split."""
+    """Makes the batches of one rank from the tiles of one split, for a model on ``device``."""
 
-    def __init__(self, reader: TileReader, tile_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        reader: TileReader,
+        tile_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        device: torch.device = CPU,
+        cache: Cache = "auto",
+    ) -> None:
         self.reader = reader
-        self.tile_size = tile_size
         self.rank = rank
         self.world_size = world_size
+        self.device = device
+        self.tiles = keep_tiles(reader, tile_size, device, cache)
 
     def epoch(self, epoch: Epoch, first_step: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``first_step`` on, in order."""
@@ -71,10 +83,9 @@ class RankLoader:
         return self._load(step, positions, keys, len(epoch.batch(step)))
 
     def _load(self, step: int, positions: Positions, keys: UInt64 | None, global_count: int) -> Batch:
-        pixels, errors = decode_tiles(self.reader.read(positions.tolist()), self.tile_size)
-        for position, error in zip(positions, errors, strict=True):
-            if error is not None:
-                raise TilefleetError(f"{self.reader.root}: tile {self.reader.tile_ids[position]}: {error}")
+        pixels = self.tiles.load(positions)
+        if self.device.type == "cuda" and not pixels.is_cuda:
+            pixels = pixels.pin_memory()
         return Batch(
             step,
             pixels,

@@ -48,8 +48,10 @@ class Trainer:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.index: Index = load_index(recipe.shards)
         train, val = TileReader(recipe.shards, "train"), TileReader(recipe.shards, "val")
-        self.train_loader = RankLoader(train, self.index.tile_size, self.rank, self.world_size)
-        self.val_loader = RankLoader(val, self.index.tile_size, self.rank, self.world_size)
+        self.train_loader, self.val_loader = (
+            RankLoader(tiles, self.index.tile_size, self.rank, self.world_size, device=device, cache=recipe.cache)
+            for tiles in (train, val)
+        )
         self.sampler = Sampler(len(train), recipe.batch_size, recipe.seed)
         start = self._checkpoint()
         labels = torch.from_numpy(train.labels.astype("int64"))
