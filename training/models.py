@@ -7,18 +7,20 @@ layer is the head. :func:`initialise` gives a model the weights of another, :fun
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import VGG16_Weights
-from torchvision.models import vgg16 as torchvision_vgg16
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 
 def cnn(classes: int, tile_size: int, dropout: float = 0.25) -> nn.Module:
@@ -114,7 +116,9 @@ def folder_cnn(classes: int, tile_size: int, dropout: float = 0.0) -> nn.Module:
 def vgg16(classes: int, tile_size: int, dropout: float = 0.5) -> nn.Module:
     """VGG16, configuration D of Simonyan and Zisserman (2015), as torchvision builds it, with a head of ``classes``."""
     _require("vgg16", tile_size, least=32)
-    model: nn.Module = torchvision_vgg16(weights=None, num_classes=classes, dropout=dropout)
+    from torchvision.models import vgg16 as build_vgg16  # here, as it takes a second that no other model needs
+
+    model: nn.Module = build_vgg16(weights=None, num_classes=classes, dropout=dropout)
     return model
 
 
@@ -172,8 +176,8 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 }
 """Model name in a recipe or bundle -> its builder."""
 
-PUBLISHED = {"vgg16": VGG16_Weights}
-"""Model name -> the weights that torchvision can fetch for it."""
+PUBLISHED = frozenset({"vgg16"})
+"""Models for which torchvision can fetch weights, by the name that it gives them."""
 
 
 def build(name: str, classes: int, tile_size: int, **arguments: float) -> nn.Module:
@@ -194,7 +198,7 @@ def initialise(name: str, model: nn.Module, weights: str) -> None:
     unpickled beyond tensors. Raises :class:`UsageError` where there is no such thing, :class:`TilefleetError` where it
     cannot be fetched or read, does not fit the model, or holds values that are not finite.
     """
-    published = PUBLISHED[name].__members__ if name in PUBLISHED else {}
+    published = _published(name)
     if weights in published:
         state = _fetch(weights, published[weights])
     elif storage.exists(weights) and not storage.is_dir(weights):
@@ -230,7 +234,16 @@ def _head(model: nn.Module) -> set[str]:
     return {f"{last}.weight", f"{last}.bias"}
 
 
-def _fetch(name: str, published: VGG16_Weights) -> dict[str, Tensor]:
+def _published(name: str) -> Mapping[str, WeightsEnum]:
+    if name not in PUBLISHED:
+        return {}
+    from torchvision.models import get_model_weights
+
+    members: Mapping[str, WeightsEnum] = get_model_weights(name).__members__
+    return members
+
+
+def _fetch(name: str, published: WeightsEnum) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, no room; a download that is not what it should be

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Sealed
-from training.decode import MAX_ENCODED_BYTES, TileError, decode_image, is_image_name
 from training.tars import Member as Member  # inference reads tars through this module
 from training.tars import scan_tar as scan_tar
 
@@ -221,6 +220,8 @@ def _verify_shard(location: str, shard: Shard, rows: list[dict[str, Any]], class
 
 
 def _verify_tar(location: str) -> Iterator[Problem]:
+    from training.decode import MAX_ENCODED_BYTES, TileError, decode_image, is_image_name
+
     with storage.open_input(location) as stream:
         scan = scan_tar(stream)
         if scan.damage:
