@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from training.tars import scan_tar as scan_tar
 INDEX = "index.json"
 TILES = "tiles.parquet"
 MARKER = ".packing"  # stands in a set that is not finished
+REQUESTS = 16
+"""Tiles that a reader asks object storage for at the same time."""
+
 SPLITS = ("train", "val", "test")
 TILES_SCHEMA = pa.schema(
     [
@@ -150,7 +154,10 @@ class TileReader:
 
     def read(self, positions: Sequence[int]) -> list[bytes]:
         """Encoded images in the order of ``positions``; raises where a shard is missing, cut or changed."""
-        return [self._read_one(int(position)) for position in positions]
+        if not storage.is_uri(self.root):
+            return [self._read_one(position) for position in positions]
+        with ThreadPoolExecutor(REQUESTS) as pool:  # of object storage each tile is a request, so many run at a time
+            return list(pool.map(self._read_one, positions))
 
     def _read_one(self, position: int) -> bytes:
         location = storage.join(self.root, self._shards[position])
