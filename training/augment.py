@@ -66,8 +66,14 @@ def symmetries(pixels: Tensor, keys: Tensor) -> Tensor:
     ``pixels`` is ``[B, C, H, W]`` with H = W; ``keys`` is int64 ``[B]``, one for each tile.
     """
     choice = (uniform(keys, "symmetry") * 8).long()
-    mirrored = _mirror(pixels, (choice & 1).bool(), (choice & 2).bool())
-    return torch.where((choice & 4).bool().view(-1, 1, 1, 1), mirrored.transpose(-1, -2), mirrored)
+    places = (
+        torch.arange(pixels.shape[-1] ** 2, device=pixels.device).view(1, 1, *pixels.shape[-2:]).expand(8, -1, -1, -1)
+    )
+    number = torch.arange(8, device=pixels.device)
+    places = _mirror(places, (number & 1).bool(), (number & 2).bool())
+    places = torch.where((number & 4).bool().view(-1, 1, 1, 1), places.transpose(-1, -2), places)
+    source = places.flatten(2)[choice].expand(-1, pixels.shape[1], -1)
+    return pixels.flatten(2).gather(2, source).view_as(pixels)
 
 
 def _mirror(pixels: Tensor, left_right: Tensor, up_down: Tensor) -> Tensor:

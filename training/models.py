@@ -228,10 +228,23 @@ def backbone(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for key, parameter in model.named_parameters() if key not in head]
 
 
+def take_head(model: nn.Module) -> nn.Module:
+    """Take the head out of ``model``, which returns the features ``[batch, features]`` from then on, and return it."""
+    name = _last_linear(model)
+    head = model.get_submodule(name)
+    model.set_submodule(name, nn.Identity())
+    return head
+
+
 def _head(model: nn.Module) -> set[str]:
-    """The names of the parameters of the last linear layer."""
-    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    return {f"{last}.weight", f"{last}.bias"}
+    """The names of the parameters of the head."""
+    name = _last_linear(model)
+    return {f"{name}.weight", f"{name}.bias"}
+
+
+def _last_linear(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return str(names[-1])
 
 
 def _published(name: str) -> Mapping[str, WeightsEnum]:
@@ -277,8 +290,9 @@ def _require(name: str, tile_size: int, least: int) -> None:
 
 
 def _conv(inputs: int, outputs: int, *, kernel: int = 3, padding: int = 1, pool: bool = False) -> list[nn.Module]:
+    """A convolution with ReLU, and 2x2 pooling before it: the same values as after it, from a quarter of the work."""
     convolution = nn.Conv2d(inputs, outputs, kernel_size=kernel, padding=padding)
-    return [convolution, nn.ReLU(), *([nn.MaxPool2d(2)] if pool else [])]
+    return [convolution, *([nn.MaxPool2d(2)] if pool else []), nn.ReLU()]
 
 
 def _hidden(inputs: int, outputs: int, dropout: float | None = None) -> list[nn.Module]:

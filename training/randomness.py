@@ -7,6 +7,7 @@ Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 UInt64 = npt.NDArray[np.uint64]
+
+NUMBERS = 1 << 24
+"""How many different random numbers there are for a tile: as many as float32 tells apart in [0, 1)."""
 
 
 def mix(values: UInt64) -> UInt64:
@@ -41,7 +45,8 @@ def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
 
 def uniform(tile_keys: Tensor, purpose: str) -> Tensor:
     """One float32 in [0, 1) for each key (int64 ``[B]``), independent for each ``purpose``."""
-    return _to_unit(_mix32(tile_keys.to(torch.int64) ^ zlib.crc32(purpose.encode())))
+    numbers = _mix32(_fold(tile_keys) ^ _fold(torch.tensor(zlib.crc32(purpose.encode()))))
+    return numbers.to(torch.float32) * (1 / NUMBERS)
 
 
 class TileDropout(nn.Module):
@@ -65,8 +70,8 @@ class TileDropout(nn.Module):
         if self.tile_keys is None:
             raise RuntimeError("tile_keys must be set before a training step")
         elements = torch.arange(x[0].numel(), device=x.device) * 0x9E3779B1 + self.layer * 0x85EBCA6B
-        mask = _to_unit(_mix32(self.tile_keys[:, None] ^ elements[None, :])) >= self.p
-        return x * mask.view(x.shape) * (1 / (1 - self.p))
+        numbers = _mix32(_fold(self.tile_keys)[:, None] ^ _fold(elements)[None, :])
+        return x * (numbers >= math.ceil(self.p * NUMBERS)).view(x.shape) * (1 / (1 - self.p))
 
 
 def replace_dropout(model: nn.Module) -> nn.Module:
@@ -87,14 +92,19 @@ def set_tile_keys(model: nn.Module, tile_keys: Tensor) -> None:
             module.tile_keys = tile_keys
 
 
+def _fold(values: Tensor) -> Tensor:
+    """Both halves of int64 as one int32, which keeps what exclusive or does."""
+    return ((values ^ (values >> 32)) & 0xFFFFFFFF).to(torch.int32)
+
+
 def _mix32(values: Tensor) -> Tensor:
-    """The 32-bit finaliser "lowbias32" (Wellons 2018) on the low half of int64, which torch has on every device."""
-    low = 0xFFFFFFFF
-    values = (values ^ (values >> 32)) & low
-    values = ((values ^ (values >> 16)) * 0x7FEB352D) & low
-    values = ((values ^ (values >> 15)) * 0x846CA68B) & low
-    return values ^ (values >> 16)
+    """Numbers in [0, :data:`NUMBERS`) from int32, which is overwritten: the finaliser "lowbias32" (Wellons 2018).
 
-
-def _to_unit(values: Tensor) -> Tensor:
-    return (values >> 8).to(torch.float32) * (1.0 / (1 << 24))
+    Torch has no unsigned shift, so the bits that a shift fills with the sign are cleared after it.
+    """
+    values ^= (values >> 16) & 0xFFFF
+    values *= 0x7FEB352D
+    values ^= (values >> 15) & 0x1FFFF
+    values *= 0x846CA68B - (1 << 32)
+    values ^= (values >> 16) & 0xFFFF
+    return (values >> 8) & (NUMBERS - 1)
