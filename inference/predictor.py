@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from configs.errors import UsageError
-from training.bundle import bundle_logits, load_bundle
+from training.bundle import bundle_logits, is_unknown, known_score, load_bundle
 from training.decode import decode_tiles
 
 ENGINES = {"cpu": "torch-f32", "cuda": "torch-bf16"}
@@ -29,7 +29,7 @@ class Predictions:
     class_id: npt.NDArray[np.int32]  # [N]
     confidence: npt.NDArray[np.float32]  # [N], the largest probability
     probabilities: npt.NDArray[np.float32]  # [N, classes], softmax(logits / temperature)
-    is_unknown: npt.NDArray[np.bool_]  # [N], confidence below the bundle's threshold
+    is_unknown: npt.NDArray[np.bool_]  # [N], score below the bundle's threshold
     errors: list[str | None]  # why a tile could not be decoded: ``cause`` or ``cause: detail``
     seconds: dict[str, float]  # by stage: decode, forward
 
@@ -57,6 +57,7 @@ class Predictor:
     def predict(self, encoded: Sequence[bytes]) -> Predictions:
         """Classify encoded images; one that cannot be decoded gets an error and does not disturb the others."""
         probabilities = np.zeros((len(encoded), len(self.info.classes)), dtype=np.float32)
+        unknown = np.zeros(len(encoded), dtype=bool)
         errors: list[str | None] = []
         seconds = {"decode": 0.0, "forward": 0.0}
         for start in range(0, len(encoded), self.batch_size):
@@ -64,7 +65,8 @@ class Predictor:
             began = time.perf_counter()
             pixels, causes = decode_tiles(batch, self.info.tile_size)
             decoded = time.perf_counter()
-            probabilities[start : start + len(batch)] = self._forward(pixels)
+            place = slice(start, start + len(batch))
+            probabilities[place], unknown[place] = self._forward(pixels)
             seconds["decode"] += decoded - began
             seconds["forward"] += time.perf_counter() - decoded
             errors += causes
@@ -75,12 +77,12 @@ class Predictor:
             class_id=np.where(failed, -1, probabilities.argmax(axis=1)).astype(np.int32),
             confidence=confidence,
             probabilities=probabilities,
-            is_unknown=~failed & ~(confidence >= self.info.unknown_threshold),  # so NaN is unknown
+            is_unknown=~failed & unknown,
             errors=errors,
             seconds=seconds,
         )
 
-    def _forward(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
-        probabilities = torch.softmax(bundle_logits(self.model, self.info, pixels, self.device), dim=1)
-        array: npt.NDArray[np.float32] = probabilities.cpu().numpy()
-        return array
+    def _forward(self, pixels: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        logits = bundle_logits(self.model, self.info, pixels, self.device)
+        unknown = is_unknown(self.info, known_score(logits))
+        return torch.softmax(logits, dim=1).cpu().numpy(), unknown.cpu().numpy()

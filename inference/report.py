@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +22,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from cluster import storage
@@ -33,6 +29,7 @@ from cluster.records import read_metrics, read_status
 from configs.errors import TilefleetError, UsageError
 from inference import sink
 from inference.archive import PLAN, Chunk, read_chunk, read_plan
+from inference.page import read_json, read_png, render
 from training.bundle import INFO, read_info
 from training.decode import TileError, decode_image
 from training.shards import TileReader, fingerprint
@@ -43,6 +40,7 @@ WRONG_TILES = 24
 EXAMPLES_OF_A_CLASS = 6
 CLASSES_WITH_EXAMPLES = 10
 EXAMPLES_OF_AN_ERROR = 3
+EVALUATION_PLOTS = ("confusion", "calibration", "unknown")
 PICTURE_PIXELS = 128
 """Longest side of a tile's picture on a page; larger tiles are made smaller."""
 
@@ -159,7 +157,7 @@ def describe_predictions(location: str) -> dict[str, Any]:
         "parts": len(parts),
         "chunks": len(plan.chunks),
         "engine": terms.engine,
-        "success": _read_json(storage.join(location, "_SUCCESS.json")),
+        "success": read_json(storage.join(location, "_SUCCESS.json")),
         "status": read_status(location),
     }
 
@@ -168,7 +166,7 @@ def describe_run(location: str) -> dict[str, Any]:
     """Everything that ``run.html`` shows."""
     config = storage.read_bytes(storage.join(location, "config.yaml")).decode()
     bundle = storage.join(location, "bundle")
-    evaluation = _read_json(storage.join(location, "evaluation", "evaluation.json"))
+    evaluation = read_json(storage.join(location, "evaluation", "evaluation.json"))
     rows = read_metrics(location)
     judged = [row for row in rows if row.get("val_accuracy") is not None]
     right, wrong = _ranked(storage.join(location, "evaluation", "predictions.parquet"), evaluation)
@@ -181,9 +179,11 @@ def describe_run(location: str) -> dict[str, Any]:
         "status": read_status(location),
         "rows": rows,
         "best": max(judged, key=lambda row: float(row["val_accuracy"])) if judged else None,
-        "curves": _png(storage.join(location, "curves.png")),
+        "curves": read_png(storage.join(location, "curves.png")),
         "evaluation": evaluation,
-        "confusion": _png(storage.join(location, "evaluation", "confusion.png")),
+        "predictions": read_png(storage.join(location, "predictions.png")),
+        "waiting": _share_of_waiting(rows),
+        **{name: read_png(storage.join(location, "evaluation", f"{name}.png")) for name in EVALUATION_PLOTS},
         "right": right,
         "wrong": wrong,
         "pictures": pictures,
@@ -191,17 +191,10 @@ def describe_run(location: str) -> dict[str, Any]:
     }
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from a template beside this module, with everything in ``values`` escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(count=_count, percent=_percent, duration=_duration, moment=_moment)
-    return environment.get_template(template).render(**values)
+def _share_of_waiting(rows: Sequence[dict[str, Any]]) -> float | None:
+    """The share of training in which the first worker stood still for its next batch; None where no row says so."""
+    timed = [row for row in rows if row.get("seconds") and row.get("seconds_waiting") is not None]
+    return sum(row["seconds_waiting"] for row in timed) / sum(row["seconds"] for row in timed) if timed else None
 
 
 def _ranked(location: str, evaluation: dict[str, Any] | None) -> tuple[list[Tile], list[Tile]]:
@@ -268,32 +261,3 @@ def _picture(data: bytes) -> str | None:
     stream = io.BytesIO()
     image.save(stream, format="JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _png(location: str) -> str | None:
-    if not storage.exists(location):
-        return None
-    return f"data:image/png;base64,{base64.b64encode(storage.read_bytes(location)).decode()}"
-
-
-def _read_json(location: str) -> dict[str, Any] | None:
-    return json.loads(storage.read_bytes(location)) if storage.exists(location) else None
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}"
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{share:.{digits}%}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def _moment(unix_seconds: float) -> str:
-    return datetime.fromtimestamp(unix_seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -106,6 +106,20 @@ def bundle_logits(model: nn.Module, info: BundleInfo, pixels: Tensor, device: to
         return logits.float() / info.temperature
 
 
+def known_score(logits: Tensor) -> Tensor:
+    """How sure a model is that tiles are of one of its classes: ``[B]`` for calibrated logits ``[B, classes]``.
+
+    It is the largest probability (Hendrycks and Gimpel 2017). The ``unknown`` threshold is set on this score, and
+    whatever judges it takes the score from here.
+    """
+    return torch.softmax(logits, dim=1).amax(dim=1)
+
+
+def is_unknown(info: BundleInfo, score: Tensor) -> Tensor:
+    """Which tiles of :func:`known_score` ``[B]`` are unknown: bool ``[B]``."""
+    return ~(score >= info.unknown_threshold)  # so NaN is unknown
+
+
 def _read_weights(location: str | Path, info: BundleInfo) -> bytes:
     path = storage.join(location, WEIGHTS)
     if not storage.exists(path):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.bundle import BundleInfo, bundle_logits, load_bundle, save_bundle
+from training.bundle import BundleInfo, bundle_logits, known_score, load_bundle, save_bundle
 from training.decode import decode_tiles
 from training.shards import TileReader
 
@@ -39,8 +39,7 @@ def calibrate(bundle: str, shards: str, device: torch.device) -> BundleInfo:
     decoded = torch.tensor([error is None for error in errors])
     labels = torch.from_numpy(reader.labels.astype(np.int64))
     temperature = fit_temperature(logits[decoded], labels[decoded])
-    confidence = torch.softmax(logits[decoded] / temperature, dim=1).amax(dim=1)
-    threshold = unknown_threshold(confidence)
+    threshold = unknown_threshold(known_score(logits[decoded] / temperature))
     return save_bundle(
         bundle, model, info.model_copy(update={"temperature": temperature, "unknown_threshold": threshold})
     )
@@ -62,9 +61,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return float(1 / (low * high) ** 0.5)
 
 
-def unknown_threshold(confidence: Tensor, false_alarms: float = FALSE_ALARMS) -> float:
-    """The largest threshold that at most ``false_alarms`` of the known tiles' ``confidence`` ``[N]`` lie below."""
-    return float(confidence.sort().values[int(false_alarms * len(confidence))])
+def unknown_threshold(scores: Tensor, false_alarms: float = FALSE_ALARMS) -> float:
+    """The largest threshold that at most ``false_alarms`` of the known tiles' ``scores`` ``[N]`` lie below."""
+    return float(scores.sort().values[int(false_alarms * len(scores))])
 
 
 def split_logits(

@@ -1,9 +1,9 @@
-"""How good a model bundle is on one split of a shard set: scores, confusion, calibration and their pictures.
+"""How good a model bundle is on one split of a shard set: scores, confusion, calibration, what it takes for unknown.
 
-In come a bundle and shards, out go ``evaluation.json``, ``confusion.png`` and ``predictions.parquet``. Plain PyTorch;
-the pixels take the same way to the model as in training and in classification.
+In come a bundle and shards, out go ``evaluation.json``, ``predictions.parquet`` and plots. Plain PyTorch; the pixels
+take the same way to the model as in training and in classification.
 
-Command: ``tilefleet evaluate BUNDLE SHARDS [--split test] [-o DIR]``
+Command: ``tilefleet evaluate BUNDLE SHARDS [--split test] [--foreign IMAGES] [-o DIR]``
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch.nn import functional
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
-from training.bundle import load_bundle
+from training.bundle import known_score, load_bundle
 from training.calibrate import Progress, split_logits
+from training.foreign import judge_unknown
+from training.images import list_images
+from training.plots import plot_calibration, plot_confusion
 from training.shards import TileReader, fingerprint, load_index
 
 RESULT = "evaluation.json"
@@ -50,6 +50,7 @@ def evaluate(
     *,
     split: str = "test",
     out: str | None = None,
+    foreign: str | None = None,
     device: str = "auto",
     batch_size: int = 256,
     progress: Progress | None = None,
@@ -58,13 +59,15 @@ def evaluate(
 
     A tile that cannot be decoded counts as wrong in accuracy and recall and is listed under ``errors``. ``loss`` is the
     mean cross-entropy, in nats, of the calibrated probabilities of all others. ``out`` defaults to ``evaluation``
-    beside a bundle that lies in a run. Raises :class:`UsageError` where the split is empty or there is no place for
-    the results, and :class:`TilefleetError` where the bundle was made for other classes.
+    beside a bundle that lies in a run. ``foreign`` names images of anything else (see :mod:`training.images`), by which
+    the unknown threshold is judged. Raises :class:`UsageError` where the split is empty or there is no place for the
+    results, and :class:`TilefleetError` where the bundle was made for other classes.
     """
     model, info = load_bundle(bundle)
     index = load_index(shards)
     _check_classes(bundle, info.classes, shards, index.classes)
     index.require(shards, split)
+    strangers = list_images(foreign) if foreign else []
     out = _place(bundle, out)
     reader = TileReader(shards, split)
     logits, errors = split_logits(model, info, reader, _device(device), batch_size, progress)
@@ -102,6 +105,15 @@ def evaluate(
     ]
     _write_parquet(pa.table(columns, schema=PREDICTIONS_SCHEMA), storage.join(out, "predictions.parquet"))
     plot_confusion(confusion, info.classes, storage.join(out, "confusion.png"))
+    plot_calibration(result["calibration"], result["calibration_before"], storage.join(out, "calibration.png"))
+    storage.remove(storage.join(out, "unknown.png"))  # of an earlier evaluation
+    if foreign:
+        known = known_score(logits)[decoded].numpy()
+        if not len(known):
+            raise TilefleetError(f"{shards}: no tile of split {split!r} can be decoded; `tilefleet verify` tells more")
+        plot = storage.join(out, "unknown.png")
+        also = progress and (lambda done, total: progress(len(reader) + done, len(reader) + total))
+        result["foreign"] = {"source": foreign, **judge_unknown(model, info, known, strangers, plot, also)}
     storage.write_bytes(storage.join(out, RESULT), json.dumps(result, indent=1).encode())
     return result
 
@@ -165,65 +177,6 @@ def calibration(confidence: npt.NDArray[np.float32], right: npt.NDArray[np.bool_
     }
 
 
-def plot_confusion(confusion: Counts, classes: Sequence[str], path: str) -> None:
-    """Write a PNG of the matrix: counts in the cells, coloured by the share of the row's class."""
-    count = len(classes)
-    few = count <= 15
-    side = (0.62 if few else 0.36) * count + 2.6
-    figure = Figure(figsize=(side + 0.6, side), layout="constrained", dpi=130)
-    axes = figure.add_subplot()
-    share = _over(confusion, confusion.sum(axis=1, keepdims=True))
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.argwhere(confusion):
-        colour = "white" if share[row, column] > 0.5 else "#1b2a3a"
-        text = str(confusion[row, column])
-        axes.text(column, row, text, ha="center", va="center", fontsize=9 if few else 6, color=colour)
-    axes.set_xticks(range(count), classes, rotation=45 if few else 90, ha="right", va="center", rotation_mode="anchor")
-    axes.set_yticks(range(count), classes)
-    axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="#dde3ea", linewidth=0.6)
-    axes.tick_params(which="both", length=0, labelsize=9, pad=6)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted class", fontsize=11)
-    axes.set_ylabel("true class", fontsize=11)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, format=PercentFormatter(1, decimals=0))
-    bar.set_label("share of the true class")
-    bar.outline.set_visible(False)
-    _write_png(figure, path)
-
-
-def plot_curves(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Write a PNG of loss and accuracy over epochs from the rows of ``metrics.jsonl``; the best epoch is marked."""
-    figure = Figure(figsize=(10, 4), layout="constrained", dpi=130)
-    losses, accuracies = figure.subplots(1, 2)
-    _plot_panel(losses, rows, "loss")
-    _plot_panel(accuracies, rows, "accuracy")
-    accuracies.yaxis.set_major_formatter(PercentFormatter(1))
-    judged = [row for row in rows if row.get("val_accuracy") is not None]
-    if judged:
-        best = max(judged, key=lambda row: float(row["val_accuracy"]))
-        accuracies.plot(best["epoch"], best["val_accuracy"], "o", color="#d1495b", markersize=7, zorder=4)
-        for axes in (losses, accuracies):
-            axes.axvline(best["epoch"], color="#d1495b", linewidth=1, linestyle=":")
-        accuracies.set_title(f"best: {best['val_accuracy']:.2%} in epoch {best['epoch']}", fontsize=10, loc="right")
-    accuracies.legend(frameon=False, loc="lower right")
-    _write_png(figure, path)
-
-
-def _plot_panel(axes: Axes, rows: Sequence[dict[str, Any]], quantity: str) -> None:
-    for part, name, colour in (("train", "training", "#8d99a6"), ("val", "validation", "#1f6fb2")):
-        points = [(r["epoch"], r[f"{part}_{quantity}"]) for r in rows if r.get(f"{part}_{quantity}") is not None]
-        style = "o-" if len(points) <= 30 else "-"
-        axes.plot([x for x, _ in points], [y for _, y in points], style, color=colour, markersize=3.5, label=name)
-    axes.set_title(quantity, fontsize=11, loc="left", fontweight="bold")
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.margins(x=0.03 if len(rows) > 1 else 1)
-    axes.grid(axis="y", color="#e3e7ec", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _check_classes(bundle: str, ours: list[str], shards: str, theirs: list[str]) -> None:
     for number, (our, their) in enumerate(zip_longest(ours, theirs)):
         if our != their:
@@ -257,12 +210,6 @@ def _over(numerator: Any, denominator: Any) -> Any:
     """Elementwise quotient as float64, 0 where the denominator is 0."""
     numerator, denominator = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator))
     return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0)
-
-
-def _write_png(figure: Figure, path: str) -> None:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", bbox_inches="tight")
-    storage.write_bytes(path, stream.getvalue())
 
 
 def _write_parquet(table: pa.Table, path: str) -> None:

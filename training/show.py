@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -26,37 +26,26 @@ from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
 from training.augment import augment
-from training.decode import MAX_ENCODED_BYTES, TileError, decode_image, decode_tiles, is_image_name
+from training.decode import TileError, decode_image, decode_tiles
+from training.images import Entry, list_images
 from training.sampler import Epoch, Positions, Sampler
-from training.shards import INDEX, TileReader, load_index, load_tiles, scan_tar
+from training.shards import TileReader, load_index
 
 FRAME = 128
 """Side of the square that holds one tile, in pixels."""
 
 _GAP = 10
 _LINE = 16
-_INK, _PAPER, _MUTED, _ALARM = "#1b2a3a", "#ffffff", "#eef1f4", "#b3261e"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tile that may be shown: the group it is chosen from, its caption, and where its encoded bytes lie."""
-
-    group: str
-    caption: str
-    location: str
-    offset: int = 0
-    size: int = (
-        MAX_ENCODED_BYTES + 1
-    )  # one over the limit: the decoder refuses a larger file without its being read whole
+INK, ALARM, _PAPER, _MUTED = "#1b2a3a", "#b3261e", "#ffffff", "#eef1f4"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One square of a sheet: a picture of :data:`FRAME` pixels, and the words below it."""
+    """One square of a sheet: a picture of :data:`FRAME` pixels, and the lines of words below it in their colour."""
 
-    caption: str
     picture: Image.Image
+    captions: tuple[str, ...]
+    colour: str = INK
 
 
 def contact_sheet(location: str, out: str, *, tiles: int = 64, split: str | None = None) -> int:
@@ -67,12 +56,10 @@ def contact_sheet(location: str, out: str, *, tiles: int = 64, split: str | None
     are no images.
     """
     _check(out, tiles=tiles)
-    entries = _entries(location, split)
-    if not entries:
-        raise TilefleetError(f"{location}: holds no images that can be shown")
+    entries = list_images(location, split)
     chosen = [entries[i] for i in choose([entry.group for entry in entries], tiles)]
-    frames = [Frame(entry.caption, _picture(entry)) for entry in chosen]
-    _write(out, frames, columns=math.ceil(math.sqrt(len(frames))))
+    frames = [Frame(_picture(entry), (entry.caption,)) for entry in chosen]
+    save(out, draw(frames, columns=math.ceil(math.sqrt(len(frames)))))
     return len(chosen)
 
 
@@ -97,11 +84,11 @@ def augmented_sheet(recipe: Recipe, out: str, *, tiles: int = 8, variants: int =
         columns.append(augment(pixels, keys, recipe.augment))
     names = [index.classes[label] for label in reader.labels[chosen]]
     frames = [
-        Frame(f"epoch {epoch}" if epoch else name, _framed(column[row]))
+        Frame(framed(column[row]), (f"epoch {epoch}" if epoch else name,))
         for row, name in enumerate(names)
         for epoch, column in enumerate(columns)
     ]
-    _write(out, frames, len(columns))
+    save(out, draw(frames, len(columns)))
     return len(chosen)
 
 
@@ -138,63 +125,24 @@ def _check(out: str, **counts: int) -> None:
         raise UsageError(f"{out}: is a folder; name the PNG file to write")
 
 
-def _entries(location: str, split: str | None) -> list[Entry]:
-    if not storage.exists(location):
-        raise UsageError(f"{location}: no such file or folder")
-    is_set = storage.exists(storage.join(location, INDEX))
-    if split is not None and not is_set:
-        raise UsageError(f"{location}: --split needs a shard set, and this is none; leave it out")
-    if is_set:
-        return _of_shards(location, split)
-    if storage.is_dir(location):
-        return _of_folder(location)
-    name = location.rsplit("/", 1)[-1]
-    return [Entry("", name, location)] if is_image_name(name) else _of_tar(location)
-
-
-def _of_shards(root: str, split: str | None) -> list[Entry]:
-    index = load_index(root)
-    if split is not None:
-        index.require(root, split)
-    table = load_tiles(root, split).select(["label", "shard", "offset", "size"])
-    names = [index.classes[label] for label in table["label"].to_pylist()]
-    places = zip(*(table[column].to_pylist() for column in ("shard", "offset", "size")), strict=True)
-    return [
-        Entry(name, name, storage.join(root, shard), offset, size)
-        for name, (shard, offset, size) in zip(names, places, strict=True)
-    ]
-
-
-def _of_folder(root: str) -> list[Entry]:
-    entries = []
-    for location in storage.list_files(root, recursive=True):
-        path = PurePosixPath(location[len(root.rstrip("/")) + 1 :])
-        if is_image_name(str(path)):
-            entries.append(Entry(path.parent.name, path.parent.name or path.name, location))
-    return entries
-
-
-def _of_tar(location: str) -> list[Entry]:
-    with storage.open_input(location) as stream:
-        scan = scan_tar(stream)
-    if scan.damage and not scan.members:
-        raise TilefleetError(f"{location}: neither an image nor a tar of images ({scan.damage})")
-    return [
-        Entry("", PurePosixPath(m.name).name, location, m.offset, min(m.size, MAX_ENCODED_BYTES + 1))
-        for m in scan.members
-        if is_image_name(m.name) and not m.refused
-    ]
-
-
-def _write(out: str, frames: Sequence[Frame], columns: int) -> None:
-    rows = math.ceil(len(frames) / columns)
-    width, height = FRAME + _GAP, FRAME + _LINE + _GAP
-    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), _PAPER)
+def draw(frames: Sequence[Frame], columns: int, title: str = "") -> Image.Image:
+    """A sheet of ``frames`` in rows of ``columns``, below its title where it has one."""
+    rows, lines = math.ceil(len(frames) / columns), max((len(frame.captions) for frame in frames), default=1)
+    width, height, above = FRAME + _GAP, FRAME + lines * _LINE + _GAP, _GAP + (2 * _LINE if title else 0)
+    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + above), _PAPER)
     pen = ImageDraw.Draw(sheet)
+    pen.text((_GAP, _GAP), title, INK, _font(16))
     for number, frame in enumerate(frames):
-        left, top = _GAP + number % columns * width, _GAP + number // columns * height
+        left, top = _GAP + number % columns * width, above + number // columns * height
         sheet.paste(frame.picture, (left, top))
-        pen.text((left + FRAME / 2, top + FRAME + 3), _shorten(frame.caption), _INK, _font(), anchor="ma")
+        for line, caption in enumerate(frame.captions):
+            place = (left + FRAME / 2, top + FRAME + 3 + line * _LINE)
+            pen.text(place, _shorten(caption), frame.colour, _font(), anchor="ma")
+    return sheet
+
+
+def save(out: str, sheet: Image.Image) -> None:
+    """Write a sheet as a PNG."""
     stream = io.BytesIO()
     sheet.save(stream, format="PNG")
     storage.write_bytes(out, stream.getvalue())
@@ -203,14 +151,12 @@ def _write(out: str, frames: Sequence[Frame], columns: int) -> None:
 def _picture(entry: Entry) -> Image.Image:
     """The tile, or the reason why it cannot be decoded, in a square of :data:`FRAME` pixels."""
     try:
-        return _framed(decode_image(storage.read_bytes(entry.location, entry.offset, entry.size)))
+        return framed(decode_image(entry.read()))
     except TileError as error:
         return _notice(str(error))
-    except OSError as error:
-        return _notice(f"cannot be read: {error.strerror}")
 
 
-def _framed(pixels: Tensor) -> Image.Image:
+def framed(pixels: Tensor) -> Image.Image:
     """uint8 ``[3, height, width]`` in a square of :data:`FRAME` pixels, its proportions kept."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     return ImageOps.pad(image, (FRAME, FRAME), Image.Resampling.BICUBIC, color=_MUTED)
@@ -219,15 +165,15 @@ def _framed(pixels: Tensor) -> Image.Image:
 def _notice(reason: str) -> Image.Image:
     image = Image.new("RGB", (FRAME, FRAME), _MUTED)
     pen = ImageDraw.Draw(image)
-    pen.rectangle((0, 0, FRAME - 1, FRAME - 1), outline=_ALARM, width=2)
+    pen.rectangle((0, 0, FRAME - 1, FRAME - 1), outline=ALARM, width=2)
     lines = "\n".join(textwrap.wrap(reason, width=16, max_lines=6, placeholder=" …"))
-    pen.multiline_text((FRAME / 2, FRAME / 2), lines, _ALARM, _font(), anchor="mm", align="center")
+    pen.multiline_text((FRAME / 2, FRAME / 2), lines, ALARM, _font(), anchor="mm", align="center")
     return image
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 11)
+def _font(size: int = 11) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
 def _shorten(text: str) -> str:

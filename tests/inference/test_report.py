@@ -7,7 +7,6 @@ import json
 import shutil
 import tarfile
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -24,48 +23,14 @@ from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
 from inference import archive, sink
 from inference.report import EXAMPLES_OF_A_CLASS, LEAST_CONFIDENT, Tally, report
+from tests.page import Page
 from training import models
 from training.bundle import BundleInfo, save_bundle
-from training.evaluate import evaluate, plot_curves
+from training.evaluate import evaluate
 from training.pack import pack
+from training.plots import plot_curves
 
 CLASSES = ["Field", "Lake <i>", "Town"]
-VOID = {"meta", "img", "br", "rect", "path"}
-
-
-class Page(HTMLParser):
-    """A page that was read: its text, its pictures' alt texts, and every attribute that could load something."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        self.text, self.alts, self.loads, self.open, self.tags = "", [], [], [], set()
-        self.feed(Path(path).read_text())
-        assert self.open == [], "tags left open"
-        self.text = " ".join(self.text.split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.tags.add(tag)
-        self.loads += [values[name] for name in ("src", "href", "srcset", "data", "action") if name in values]
-        if tag == "img":
-            assert values["alt"]
-            self.alts.append(values["alt"])
-        if tag == "html":
-            assert values["lang"] == "en"
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text += f" {data}"
-
-    def assert_self_contained(self) -> None:
-        assert not self.tags & {"script", "link", "iframe", "object", "a", "i"}
-        assert all(str(load).startswith("data:image/") for load in self.loads)
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +155,33 @@ def test_a_page_about_a_run_shows_scores_curves_and_examples(run: str) -> None:
         "best val accuracy 75.00% epoch 2",
         "model cnn 16 px, 3 classes",
         "epochs 2 of 3",
+        "waited for data 18.8%",
+        "1 1.0000 – 1.0000 50.00% – – 12.5% 4.0 s",
         "Lake <i> 33.3% 100.0% 50.0% 2",
         "Expected calibration error",
         "label_smoothing: 0.1",
     ):
         assert words in page.text
     assert sum(alt.endswith("taken for Lake <i>") for alt in page.alts) == 4
-    assert sum(alt.startswith("Loss and accuracy") or alt.startswith("Confusion matrix") for alt in page.alts) == 2
-    assert len(page.alts) == 2 + 4 + 1
+    for plot in ("Loss, accuracy, learning rate", "Confusion matrix", "Accuracy over confidence"):
+        assert sum(alt.startswith(plot) for alt in page.alts) == 1
+    assert len(page.alts) == 3 + 4 + 1
+    assert "Unknown images" not in page.text
+
+
+def test_a_page_shows_predictions_and_foreign_images_where_there_are_some(run: str) -> None:
+    plot_curves([], f"{run}/predictions.png")
+    shards = str(Path(run, "../../shards"))
+    evaluate(f"{run}/bundle", shards, device="cpu", foreign=str(Path(run, "../../raw")))
+
+    page = Page(report(run))
+
+    page.assert_self_contained()
+    assert sum(alt.startswith("The same tiles twice") for alt in page.alts) == 1
+    assert sum(alt.startswith("Histogram of the scores") for alt in page.alts) == 1
+    assert "Of 12 images of" in page.text
+    assert "0.0% are flagged as unknown, and of the test tiles 0.00%" in page.text
+    assert "in 50.00% of all pairs (AUROC)" in page.text
 
 
 def test_shards_that_are_gone_or_packed_anew_are_said_so(run: str) -> None:
@@ -208,7 +192,7 @@ def test_shards_that_are_gone_or_packed_anew_are_said_so(run: str) -> None:
     index.unlink()
     page = Page(report(run))
     assert "shards are gone or changed" in page.text
-    assert len(page.alts) == 2
+    assert len(page.alts) == 3
 
 
 def test_a_run_that_has_just_started_has_a_page(tmp_path: Path) -> None:
@@ -305,7 +289,8 @@ def train_run(folder: Path) -> None:
     run = write_config(folder / "runs" / "first")
     status = StatusWriter(run, "train", planned_tiles=12)
     for epoch, accuracy in ((1, 0.5), (2, 0.75)):
-        append_metrics(run, {"epoch": epoch, "train_loss": 1.0, "val_loss": 1.0, "val_accuracy": accuracy})
+        times = {"seconds": 4.0, "seconds_waiting": 0.5 * epoch}
+        append_metrics(run, {"epoch": epoch, "train_loss": 1.0, "val_loss": 1.0, "val_accuracy": accuracy} | times)
     plot_curves([], f"{run}/curves.png")
     model = models.build("cnn", 3, 16)
     head = list(model.children())[-1]

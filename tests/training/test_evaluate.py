@@ -21,7 +21,7 @@ from PIL import Image
 from configs.errors import TilefleetError, UsageError
 from training import models, shards
 from training.bundle import BundleInfo, save_bundle
-from training.evaluate import calibration, count_confusion, evaluate, plot_confusion, plot_curves, scores
+from training.evaluate import calibration, count_confusion, evaluate, scores
 
 CLASSES = ["Field", "Lake", "Town"]
 
@@ -93,7 +93,7 @@ def test_evaluation_counts_an_undecodable_tile_as_wrong_and_names_it(tmp_path: P
     assert calls == [(3, 8), (6, 8), (8, 8)]
     evaluation = tmp_path / "run" / "evaluation"
     assert json.loads((evaluation / "evaluation.json").read_text()) == result
-    assert Image.open(evaluation / "confusion.png").width > 200
+    assert all(Image.open(evaluation / f"{plot}.png").width > 200 for plot in ("confusion", "calibration"))
     rows = pq.read_table(evaluation / "predictions.parquet").to_pylist()
     assert [row["class_id"] for row in rows] == [1] * 7 + [None]
     # logits 0, 2, 0 over a temperature of 2
@@ -150,31 +150,6 @@ def test_a_gpu_that_is_not_there_is_said_so(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="there is no GPU"):
         evaluate(always_lake(tmp_path), data, out=str(tmp_path / "out"), device="cuda")
-
-
-@pytest.mark.parametrize("classes", [1, 10, 43])
-def test_confusion_is_drawn_for_few_and_many_classes(tmp_path: Path, classes: int) -> None:
-    confusion = np.diag(np.random.default_rng(0).integers(0, 3000, classes))
-    confusion[-1, :] = 7
-
-    plot_confusion(confusion, [f"Class {i}" for i in range(classes)], str(tmp_path / "confusion.png"))
-
-    assert Image.open(tmp_path / "confusion.png").format == "PNG"
-
-
-@pytest.mark.parametrize("epochs", [0, 1, 40])
-def test_curves_are_drawn_with_and_without_validation(tmp_path: Path, epochs: int) -> None:
-    rows = [
-        {"epoch": e + 1, "train_loss": 1 / (e + 1), "train_accuracy": 0.5, "val_loss": None, "val_accuracy": None}
-        for e in range(epochs)
-    ]
-    judged = [row | {"val_loss": 1.0, "val_accuracy": row["epoch"] / 50} for row in rows]
-
-    plot_curves(rows, str(tmp_path / "train.png"))
-    plot_curves(judged, str(tmp_path / "both.png"))
-
-    assert Image.open(tmp_path / "train.png").width > 1000
-    assert Image.open(tmp_path / "both.png").width > 1000
 
 
 def jpeg(seed: int, size: int = 16) -> bytes:

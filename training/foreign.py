@@ -1,0 +1,98 @@
+"""How well ``unknown`` works: a model's scores of images of something else against those of tiles of its own classes.
+
+In come the scores of known tiles and a list of foreign images, out go the AUROC and the shares that the bundle's
+threshold flags. Images are read and decoded one at a time and judged in batches, so memory is that of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from configs.errors import TilefleetError
+from training.bundle import BundleInfo, bundle_logits, is_unknown, known_score
+from training.calibrate import Progress
+from training.decode import TileError, decode_image, resize
+from training.images import Entry
+from training.plots import plot_unknown
+
+Scores = npt.NDArray[np.float32]
+
+
+def judge_unknown(
+    model: nn.Module,
+    info: BundleInfo,
+    known: Scores,
+    images: Sequence[Entry],
+    plot: str,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """AUROC, threshold, and the shares it flags of ``known`` tiles' scores (false alarms) and of foreign ``images``.
+
+    Both distributions are drawn to ``plot``. Raises :class:`TilefleetError` where not one image can be decoded.
+    """
+    foreign = foreign_scores(model, info, images, progress=progress)
+    result = {
+        "images": len(foreign),
+        "undecodable": len(images) - len(foreign),
+        "auroc": auroc(known, foreign),
+        "threshold": info.unknown_threshold,
+        "flagged": float(is_unknown(info, torch.from_numpy(foreign)).float().mean()),
+        "false_alarms": float(is_unknown(info, torch.from_numpy(known)).float().mean()),
+    }
+    plot_unknown(known, foreign, info.unknown_threshold, describe(result), plot)
+    return result
+
+
+def auroc(known: Scores, foreign: Scores) -> float:
+    """The share of all pairs of a known tile and a foreign image in which the known one has the higher score.
+
+    A tie counts half. This is the area under the ROC curve (Hanley and McNeil 1982), and 0.5 is what chance gives.
+    """
+    ordered = np.sort(foreign)
+    below, up_to = np.searchsorted(ordered, known, "left"), np.searchsorted(ordered, known, "right")
+    return float((below + up_to).sum() / (2 * len(known) * len(foreign)))
+
+
+def foreign_scores(
+    model: nn.Module,
+    info: BundleInfo,
+    images: Sequence[Entry],
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Scores:
+    """Scores float32 ``[decodable images]``, in order, computed on the device of ``model``.
+
+    Images are resized to the bundle's tile size. Raises :class:`TilefleetError` where not one of them can be decoded.
+    """
+    device = next(model.parameters()).device
+    pixels = torch.empty(batch_size, 3, info.tile_size, info.tile_size, dtype=torch.uint8)
+    found: list[Scores] = []
+    for start in range(0, len(images), batch_size):
+        batch, filled = images[start : start + batch_size], 0
+        for image in batch:
+            try:
+                pixels[filled] = resize(decode_image(image.read()), info.tile_size)
+            except TileError:
+                continue
+            filled += 1
+        if filled:
+            found.append(known_score(bundle_logits(model, info, pixels[:filled], device)).cpu().numpy())
+        if progress:
+            progress(start + len(batch), len(images))
+    if not found:
+        raise TilefleetError(f"{images[0].location}: not one of {len(images)} foreign images can be decoded")
+    return np.concatenate(found)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """One line about what :func:`judge_unknown` found."""
+    return (
+        f"AUROC {result['auroc']:.4f}; flags {result['flagged']:.1%} of {result['images']:,} foreign images "
+        f"and {result['false_alarms']:.1%} of the known tiles"
+    )
