@@ -74,6 +74,7 @@ class AugmentConfig(Config):
     saturation: float = Field(default=0, ge=0, le=1)
     hue: float = Field(default=0, ge=0, le=0.5)
     erasing: float = Field(default=0, ge=0, le=1, description="probability")
+    mixup: float = Field(default=0, ge=0, description="alpha of Beta(alpha, alpha), each tile's share of its mixture")
 
 
 class OptimizerConfig(Config):
@@ -121,8 +122,12 @@ class Recipe(Config):
     class_weights: bool = Field(default=False, description="weigh each class by how rare it is")
     ema: float | None = Field(default=None, gt=0, lt=1, description="decay of the moving average that is the model")
     early_stopping: int | None = Field(default=None, gt=0, description="epochs without a better validation accuracy")
-    precision: Literal["f32", "bf16"] = "f32"
+    precision: Literal["f32", "bf16", "fp16"] = Field(default="f32", description="of the forward pass in training")
+    compile: bool = Field(default=False, description="torch.compile: quicker steps on a GPU after a slow first one")
+    sync_batch_norm: bool = Field(default=False, description="batch statistics over the tiles of all workers")
+    deterministic: bool = Field(default=False, description="the same run on the same GPU is equal to the bit")
     seed: int = Field(default=0, ge=0)
+    shuffle_window: int | None = Field(default=None, gt=0, description="shards mixed at a time; all unless given")
     cache: Cache = Field(default="auto", description="where tiles stay once read; auto: the quickest that fits")
     workers: int = Field(default=1, gt=0)
     trace: bool = Field(default=False, description="write the tile ids of every step and rank, for audits")

@@ -6,6 +6,8 @@ step is that of the global batch, so it does not matter how many processes share
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,14 +19,31 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.optim.swa_utils import get_ema_multi_avg_fn as _ema
 
+from configs.errors import UsageError
 from configs.schema import Recipe
 from training import models
-from training.augment import augment, normalise
+from training.augment import augment, blend, normalise
+from training.batchnorm import replace_batch_norm, set_presence
+from training.determinism import replace_pooling
 from training.loader import Batch
 from training.optim import class_weights, make_optimizer
-from training.randomness import replace_dropout, set_tile_keys
+from training.randomness import replace_dropout, set_tile_keys, symmetric_beta
 from training.sampler import rank_slice
 from training.shards import Index
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def untrained(recipe: Recipe, index: Index, *, fresh: bool = True) -> nn.Module:
+    """The model of ``recipe`` before its first step, a function of the recipe alone, on the CPU.
+
+    The weights that it starts from are read where it is ``fresh``, and left out where a checkpoint follows.
+    """
+    torch.manual_seed(recipe.seed)
+    model = models.build(recipe.model.name, len(index.classes), index.tile_size, **recipe.model.arguments)
+    if fresh and recipe.model.weights:
+        models.initialise(recipe.model.name, model, recipe.model.weights)
+    return model
 
 
 class Learner:
@@ -38,12 +57,15 @@ class Learner:
         self.index = index
         self.device = device
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        torch.manual_seed(recipe.seed)
-        model = models.build(recipe.model.name, len(index.classes), index.tile_size, **recipe.model.arguments)
-        if fresh and recipe.model.weights:
-            models.initialise(recipe.model.name, model, recipe.model.weights)
-        self.model = replace_dropout(model).to(device).to(memory_format=torch.channels_last)
+        model = replace_dropout(untrained(recipe, index, fresh=fresh))
+        if recipe.sync_batch_norm:
+            model = replace_batch_norm(model)
+        if recipe.deterministic:
+            model = replace_pooling(model)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.trained = _compiled(self.model) if recipe.compile else self.model
         self.optimizer = make_optimizer(recipe.optimizer, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.average: AveragedModel | None = None
         if recipe.ema:
             self.average = AveragedModel(self.model, multi_avg_fn=_ema(recipe.ema), use_buffers=True)  # type: ignore[no-untyped-call]
@@ -64,7 +86,7 @@ class Learner:
                 parameter.requires_grad = not frozen
                 self.forward = None
         if self.forward is None:
-            self.forward = self._distributed() if self.world_size > 1 else self.model
+            self.forward = self._distributed() if self.world_size > 1 else self.trained
         self.forward.train()
         if frozen:  # what is frozen keeps its statistics too
             for module in self.model.modules():
@@ -83,8 +105,10 @@ class Learner:
                 part_loss, part_correct = self._backward(batch, rank_slice(len(batch.labels), part, parts))
             loss, correct = loss + part_loss, correct + part_correct
         if self.recipe.optimizer.clip_norm:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # which leaves out a step whose scaled gradients overflowed
+        self.scaler.update()
         if self.average:
             self.average.update_parameters(self.model)
         return loss, correct
@@ -106,38 +130,63 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Everything that :meth:`load` needs to go on to the bit."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return state | ({"average": self.average.state_dict()} if self.average else {})
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        if self.average:
+            state["average"] = self.average.state_dict()
+        return state
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         if self.average:
             self.average.load_state_dict(state["average"])
 
     def _backward(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
-        pixels, labels, keys = (
-            t[part].to(self.device, non_blocking=True) for t in (batch.pixels, batch.labels, batch.keys)
-        )
-        present = torch.ones(len(labels), device=self.device)
-        if not len(labels):  # a process without a tile still takes part in the sums, with a blank of no weight
-            pixels, labels = pixels.new_zeros(1, *pixels.shape[1:]), labels.new_zeros(1)
-            keys, present = keys.new_zeros(1), present.new_zeros(1)
+        pixels, labels, keys = self._tiles(batch, part)
+        present = torch.full((len(labels),), float(part.stop > part.start), device=self.device)
+        others, share = labels, torch.ones(len(labels), device=self.device)
+        if batch.partners:
+            partners, others, _ = self._tiles(batch.partners, part)
+            share = symmetric_beta(keys, "mixup", self.recipe.augment.mixup)
+            pixels = blend(pixels, partners, share)
         set_tile_keys(self.model, keys)
-        pixels = augment(pixels, keys, self.recipe.augment)
+        set_presence(self.model, present)
         assert self.forward
         with self._autocast():
             logits = self.forward(normalise(pixels, self.index.mean, self.index.std))
-        losses = functional.cross_entropy(
+        losses = self._losses(logits, labels)
+        if batch.partners:
+            losses = torch.lerp(self._losses(logits, others), losses, share)
+        loss = (losses * present).sum() / batch.global_count
+        self.scaler.scale(loss * self.world_size).backward()  # type: ignore[no-untyped-call]  # DDP averages, this sums
+        right = logits.argmax(1) == torch.where(share < 0.5, others, labels)
+        return loss.detach(), (right * present).sum().detach()
+
+    def _tiles(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Augmented pixels, labels and keys of a part of ``batch``, on the device.
+
+        A process without a tile still takes part in the sums, with a blank of no weight.
+        """
+        pixels, labels, keys = (
+            t[part].to(self.device, non_blocking=True) for t in (batch.pixels, batch.labels, batch.keys)
+        )
+        if not len(labels):
+            pixels, labels, keys = pixels.new_zeros(1, *pixels.shape[1:]), labels.new_zeros(1), keys.new_zeros(1)
+        return augment(pixels, keys, self.recipe.augment), labels, keys
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each tile: float32 ``[B]``."""
+        return functional.cross_entropy(
             logits.float(), labels, self.weights, reduction="none", label_smoothing=self.recipe.label_smoothing
         )
-        loss = (losses * present).sum() / batch.global_count
-        (loss * self.world_size).backward()  # type: ignore[no-untyped-call]  # DDP averages over ranks, this sums
-        return loss.detach(), ((logits.argmax(1) == labels) * present).sum().detach()
 
     def _distributed(self) -> nn.Module:
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(self.trained, device_ids=ids, gradient_as_bucket_view=True)
 
     def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
         if wanted and isinstance(self.forward, DistributedDataParallel):
@@ -146,6 +195,15 @@ class Learner:
         return nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.recipe.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        if self.recipe.precision in _AUTOCAST:
+            return torch.autocast(self.device.type, dtype=_AUTOCAST[self.recipe.precision])
         return nullcontext()
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """``model``, compiled for training; it shares its parameters and is itself left as it is, for evaluation."""
+    if not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "g++")))):
+        raise UsageError("compile: needs a C++ compiler (g++ or clang++) on every machine; install one or leave it off")
+    compiled = torch.compile(model)
+    assert isinstance(compiled, nn.Module)
+    return compiled

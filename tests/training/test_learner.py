@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import need
 
 from cluster import records
-from configs.errors import TilefleetError
+from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
 from training import models
+from training.augment import normalise
 from training.bundle import load_bundle
 from training.learner import Learner
+from training.loader import Batch
 from training.loop import Trainer
+from training.randomness import symmetric_beta
 
 CPU = torch.device("cpu")
 
@@ -30,6 +35,23 @@ def losses(recipe: Recipe) -> list[float]:
     return [loss for row in records.read_metrics(recipe.run) for loss in row["losses"]]
 
 
+def stop_after(steps: int, trainer: Trainer) -> None:
+    """Fit until a run is stopped in mid-epoch."""
+
+    class Stop(Exception):
+        pass
+
+    def step(batch: Batch, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        if next(left, None) is None:
+            raise Stop
+        return taken(batch, learning_rate)
+
+    taken, left = trainer.learner.step, iter(range(steps))
+    trainer.learner.step = step  # type: ignore[method-assign]
+    with pytest.raises(Stop):
+        trainer.fit()
+
+
 @pytest.mark.parametrize("parts", [2, 3, 16, 40])
 def test_a_batch_taken_in_parts_is_the_same_batch(small_recipe: dict[str, Any], parts: int) -> None:
     whole = train(small_recipe, name="whole", epochs=1)
@@ -37,15 +59,77 @@ def test_a_batch_taken_in_parts_is_the_same_batch(small_recipe: dict[str, Any], 
     assert losses(apart) == pytest.approx(losses(whole), rel=1e-4)
 
 
-def test_the_norm_of_an_update_is_clipped(small_recipe: dict[str, Any]) -> None:
+@pytest.mark.parametrize("precision", ["f32", "fp16"])
+def test_the_norm_of_an_update_is_clipped(small_recipe: dict[str, Any], precision: str) -> None:
     optimizer = {"name": "sgd", "learning_rate": 1.0, "momentum": 0, "clip_norm": 0.01}
-    recipe = Recipe.model_validate(small_recipe | {"optimizer": optimizer, "schedule": {"warmup": 0}})
+    keys = small_recipe | {"model": {"name": "lenet"}, "precision": precision, "schedule": {"warmup": 0}}
+    recipe = Recipe.model_validate(keys | {"optimizer": optimizer})
     trainer = Trainer(recipe, CPU)
     trainer.learner.begin_epoch(0)
     before = [p.detach().clone() for p in trainer.learner.model.parameters()]
     trainer.learner.step(next(iter(trainer.train_loader.epoch(trainer.sampler.epoch(0)))), 1.0)
     moved = [(p - q).flatten() for p, q in zip(trainer.learner.model.parameters(), before, strict=True)]
     assert float(torch.cat(moved).detach().norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_fp16_trains_as_f32_does(small_recipe: dict[str, Any]) -> None:
+    plain, half = (
+        train(small_recipe, name=name, model={"name": "lenet"}, precision=name, epochs=3) for name in ("f32", "fp16")
+    )
+    assert losses(half) != losses(plain)
+    assert losses(half) == pytest.approx(losses(plain), rel=0.02)
+
+
+def test_a_step_that_overflows_is_left_out_and_the_scale_that_fits_is_kept(small_recipe: dict[str, Any]) -> None:
+    def begin(name: str) -> Trainer:
+        trainer = Trainer(Recipe.model_validate(small_recipe | {"name": name, **half}), CPU)
+        trainer.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+        return trainer
+
+    half: dict[str, Any] = {"model": {"name": "lenet"}, "precision": "fp16"}
+    whole = begin("whole")
+    before = [p.detach().clone() for p in whole.learner.model.parameters()]
+    whole.learner.begin_epoch(0)
+    loss, _ = whole.learner.step(next(iter(whole.train_loader.epoch(whole.sampler.epoch(0)))), 0.1)
+    assert math.isfinite(loss)
+    assert all(torch.equal(p, q) for p, q in zip(whole.learner.model.parameters(), before, strict=True))
+    assert whole.learner.scaler.get_scale() == 2.0**29
+
+    whole = begin("whole")
+    whole.fit()
+    assert not all(torch.equal(p, q) for p, q in zip(whole.learner.model.parameters(), before, strict=True))
+    scale = whole.learner.scaler.get_scale()
+    assert scale < 2.0**29
+
+    begun = begin("begun")
+    stop_after(4, begun)  # one past a checkpoint, when the scale is still on its way down
+    resumed = Trainer(begun.recipe, CPU)
+    assert scale < resumed.learner.scaler.state_dict()["scale"] < 2.0**29
+    resumed.fit()
+    assert losses(begun.recipe) == losses(whole.recipe)
+    a, b = (load_bundle(f"{run.recipe.run}/bundle")[0].state_dict() for run in (whole, begun))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_compiled_model_trains_the_same_and_is_kept_under_the_same_names(small_recipe: dict[str, Any]) -> None:
+    need(shutil.which("g++"), "a C++ compiler")
+    keys = small_recipe | {
+        "model": {"name": "folder_cnn", "arguments": {"dropout": 0.5}},
+        "batch_size": 40,
+        "epochs": 1,
+    }
+    plain, compiled = (train(keys, name=str(wanted), compile=wanted) for wanted in (False, True))
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)
+    a, b = (load_bundle(f"{run.run}/bundle")[0].state_dict() for run in (plain, compiled))
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+
+
+def test_without_a_compiler_a_model_is_not_compiled(
+    small_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="compile: needs a C"):
+        train(small_recipe, compile=True)
 
 
 def test_the_moving_average_is_what_is_kept_and_survives_a_resume(small_recipe: dict[str, Any]) -> None:
@@ -103,6 +187,28 @@ def test_class_weights_reach_the_loss(small_recipe: dict[str, Any]) -> None:
     loss, _ = learner.step(batch, 0.0)
     counted = int((batch.labels == rare).sum()) * 5 + int((batch.labels == common).sum()) * 5 / 9
     assert float(loss) == pytest.approx(counted / len(batch.labels) * math.log(len(trainer.index.classes)), rel=0.1)
+
+
+def test_mixup_is_the_loss_of_both_labels_by_their_shares(small_recipe: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate(small_recipe | {"model": {"name": "lenet"}, "augment": {"mixup": 0.4}})
+    trainer = Trainer(recipe, CPU)
+    trainer.learner.begin_epoch(0)
+    batch = next(iter(trainer.train_loader.epoch(trainer.sampler.epoch(0))))
+    assert batch.partners
+    assert sorted(batch.partners.positions) == sorted(batch.positions)
+    share = symmetric_beta(batch.keys, "mixup", 0.4)
+    pixels = share.view(-1, 1, 1, 1) * batch.pixels + (1 - share).view(-1, 1, 1, 1) * batch.partners.pixels
+    with torch.no_grad():
+        logits = trainer.learner.model(normalise(pixels.round(), trainer.index.mean, trainer.index.std))
+    ours, theirs = (
+        torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        for labels in (batch.labels, batch.partners.labels)
+    )
+    heavier = torch.where(share < 0.5, batch.partners.labels, batch.labels)
+    assert not torch.equal(heavier, batch.labels)
+    loss, correct = trainer.learner.step(batch, 0.0)
+    assert float(loss) == pytest.approx(float((share * ours + (1 - share) * theirs).mean()), rel=1e-4)
+    assert int(correct) == int((logits.argmax(1) == heavier).sum())
 
 
 def test_training_starts_from_given_weights(small_recipe: dict[str, Any], tmp_path: Path) -> None:
