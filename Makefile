@@ -1,5 +1,6 @@
 # make demo    the main job, end to end, on synthetic tiles        make check   lint, format, strict types
 # make test    everything that is tested, checks included          make clean   remove what make made
+# make bench   how fast this machine trains, and what limits it
 # Each sets up .venv from requirements.lock first; Python 3.11 or newer is all that is needed.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test lock clean
+.PHONY: help setup demo bench check test lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,6 +28,10 @@ $(READY): requirements.lock pyproject.toml
 
 demo: $(READY)
 	$(BIN)/tilefleet demo --out demo
+
+bench: $(READY)
+	$(BIN)/tilefleet bench ingest
+	$(BIN)/tilefleet bench train
 
 check: $(READY)
 	$(BIN)/ruff check .

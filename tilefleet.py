@@ -7,9 +7,10 @@ or a config is wrong. Results go to stdout, progress and problems to stderr.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -135,13 +136,14 @@ def evaluate(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, as runs/NAME/bundle.")],
     shards: Annotated[str, typer.Argument(help="Shard set.")],
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    foreign: Annotated[str | None, typer.Option(help="Images of anything else, to judge `unknown` by.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for figures and plots.")] = None,
 ) -> None:
     """Measure a bundle on a labelled split.
 
     Accuracy, per-class scores, confusion and calibration, as numbers and plots.
     """
-    _evaluate(bundle, shards, split, out)
+    _evaluate(bundle, shards, split, out, foreign)
 
 
 @app.command()
@@ -190,13 +192,17 @@ def classify(
 
 @app.command()
 def report(
-    location: Annotated[str, typer.Argument(help="Run folder or predictions folder.")],
+    locations: Annotated[list[str], typer.Argument(help="Run folder or predictions folder; several runs.")],
     out: Annotated[str | None, typer.Option("--out", "-o", help="The page to write.")] = None,
 ) -> None:
-    """Make the HTML page of a run or of predictions."""
+    """Make the HTML page of a run or of predictions.
+
+    Of several runs, it is a page that compares them.
+    """
+    from inference.compare import compare
     from inference.report import report
 
-    print(report(location, out))
+    print(report(locations[0], out) if len(locations) == 1 else compare(locations, out))
 
 
 @app.command()
@@ -239,6 +245,40 @@ def demo(
     print(f"predictions:      {predictions}/predictions/*.parquet")
 
 
+@app.command()
+def bench(
+    what: Annotated[Literal["ingest", "train"], typer.Argument(help="The loader, or training and its parts.")],
+    subject: Annotated[
+        list[str] | None, typer.Argument(metavar="[SHARDS] [KEY=VALUE]...", help="Synthetic tiles if not given.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="What to measure; configs/bench.yaml if not given.")] = None,
+    tiles: Annotated[int, typer.Option(min=1, help="Training tiles to use at most.")] = 4096,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as in the recipe if not given.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each part is measured.")] = 3,
+) -> None:
+    """Measure how fast this machine trains.
+
+    The last line of stdout is one JSON object.
+    """
+    from configs.schema import load_recipe
+    from training.bench import measure_ingest, measure_train, prepare, table
+
+    settings = [text for text in subject or [] if "=" in text] + ([f"workers={workers}"] if workers else [])
+    shards = [text for text in subject or [] if "=" not in text]
+    if len(shards) > 1:
+        raise UsageError(f"bench: one shard set at a time, not {', '.join(shards)}")
+    chosen = load_recipe(recipe or Path(__file__).parent / "configs" / "bench.yaml", settings)
+    with progress_line() as show:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            show(stage, done, total, "")
+
+        with prepare(chosen, shards[0] if shards else None, tiles, progress) as prepared:
+            result = (measure_ingest if what == "ingest" else measure_train)(prepared, rounds, progress)
+    print(table(result))
+    print(json.dumps(result))
+
+
 def main() -> None:
     """Run the command line and leave with its exit code."""
     debug = "--debug" in sys.argv
@@ -257,7 +297,8 @@ def main() -> None:
 
 def _train(recipe: Recipe, resume: bool) -> None:
     from cluster.records import read_metrics
-    from training.evaluate import plot_curves
+    from training.grids import prediction_grids
+    from training.plots import plot_curves
     from training.train import train
 
     with progress_line() as show:
@@ -270,24 +311,34 @@ def _train(recipe: Recipe, resume: bool) -> None:
 
         train(recipe, resume=resume, follow=follow)
     rows = read_metrics(recipe.run)
-    plot_curves(rows, f"{recipe.run}/curves.png")
+    plot_curves(rows, f"{recipe.run}/curves.png", recipe)
+    if missing := prediction_grids(recipe, f"{recipe.run}/predictions.png"):
+        warn(f"{recipe.run}/predictions.png: without predictions before training ({missing})")
     best = max(rows, key=lambda row: row["val_accuracy"] or 0.0)
     accuracy = f"{best['val_accuracy']:.2%}" if best["val_accuracy"] is not None else "not measured"
     print(f"{recipe.run}/bundle: validation accuracy {accuracy}, from epoch {best['epoch']} of {len(rows)}")
 
 
-def _evaluate(bundle: str, shards: str, split: str, out: str | None) -> None:
+def _evaluate(bundle: str, shards: str, split: str, out: str | None, foreign: str | None = None) -> None:
     from training.evaluate import evaluate
+    from training.foreign import describe
 
     with progress_line() as show:
         result = evaluate(
-            bundle, shards, split=split, out=out, progress=lambda done, total: show("evaluate", done, total, "")
+            bundle,
+            shards,
+            split=split,
+            out=out,
+            foreign=foreign,
+            progress=lambda done, total: show("evaluate", done, total, ""),
         )
     width = max(len(name) for name in result["classes"])
     print(f"{'class':{width}}  precision  recall      f1   tiles")
     for name, row in result["per_class"].items():
         print(f"{name:{width}}  {row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f} {row['support']:7d}")
     print(f"accuracy on {split}: {result['accuracy']:.2%} of {result['tiles']} tiles")
+    if foreign:
+        print(f"unknown: {describe(result['foreign'])}")
 
 
 def _classify(bundle: str, archives: list[str], out: str, settings: list[str]) -> None:

@@ -234,6 +234,23 @@ def test_a_bundle_made_for_other_classes(run: Run, bundle: Path, raw: Path, tmp_
     one_line(err, "other classes")
 
 
+def test_evaluate_says_how_well_unknown_works(run: Run, bundle: Path, shards: Path, raw: Path, tmp_path: Path) -> None:
+    code, out, _ = run("evaluate", bundle, shards, "--foreign", raw, "-o", tmp_path / "out")
+    assert code == 0
+    one_line(out, "unknown: AUROC 0.", "of 24 foreign images")
+    code, _, err = run("evaluate", bundle, shards, "--foreign", tmp_path / "none", "-o", tmp_path / "out")
+    assert code == 2
+    one_line(err, tmp_path / "none")
+
+
+def test_runs_and_predictions_are_not_compared(run: Run, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.parquet").touch()
+    code, _, err = run("report", tmp_path / "out", tmp_path / "missing")
+    assert code == 2
+    one_line(err, tmp_path / "out", "predictions", "only runs")
+
+
 def test_predict_classifies_the_good_and_names_the_bad(run: Run, bundle: Path, shards: Path, tmp_path: Path) -> None:
     good = next((shards.parent / "raw").rglob("*.jpg"))
     bad = tmp_path / "bad.jpg"
@@ -315,7 +332,7 @@ def test_every_command_has_help_that_fits_a_terminal(run: Run, monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("pack", "verify", "show", "train", "evaluate", "predict", "classify", "report", "demo"):
+    for command in ("pack", "verify", "show", "train", "evaluate", "predict", "classify", "report", "demo", "bench"):
         assert f"  {command} " in out
         code, text, _ = run(command, "--help")
         assert code == 0
