@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from configs.errors import UsageError
-from training.bundle import bundle_logits, is_unknown, known_score, load_bundle
+from training.bundle import is_unknown, judge_pixels, load_bundle
 from training.decode import decode_tiles
 
 ENGINES = {"cpu": "torch-f32", "cuda": "torch-bf16"}
@@ -29,7 +29,7 @@ class Predictions:
     class_id: npt.NDArray[np.int32]  # [N]
     confidence: npt.NDArray[np.float32]  # [N], the largest probability
     probabilities: npt.NDArray[np.float32]  # [N, classes], softmax(logits / temperature)
-    is_unknown: npt.NDArray[np.bool_]  # [N], score below the bundle's threshold
+    is_unknown: npt.NDArray[np.bool_]  # [N], farther than the bundle's threshold
     errors: list[str | None]  # why a tile could not be decoded: ``cause`` or ``cause: detail``
     seconds: dict[str, float]  # by stage: decode, forward
 
@@ -48,8 +48,8 @@ class Predictor:
             raise UsageError(f"device {device!r}: not available here; choose auto or cpu")
         if threads is not None:
             torch.set_num_threads(threads)
-        model, self.info = load_bundle(bundle)
-        self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        judge, self.info = load_bundle(bundle)
+        self.judge = judge.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         self.engine = ENGINES[device]
         self.batch_size = batch_size
@@ -83,6 +83,5 @@ class Predictor:
         )
 
     def _forward(self, pixels: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        logits = bundle_logits(self.model, self.info, pixels, self.device)
-        unknown = is_unknown(self.info, known_score(logits))
-        return torch.softmax(logits, dim=1).cpu().numpy(), unknown.cpu().numpy()
+        logits, distances = judge_pixels(self.judge, self.info, pixels, self.device)
+        return torch.softmax(logits, dim=1).cpu().numpy(), is_unknown(self.info, distances).cpu().numpy()

@@ -1,7 +1,8 @@
 """The model bundle: the only thing inference takes from training.
 
-A folder of two files: ``model.safetensors`` holds the weights, ``bundle.json`` everything needed to use them. Both
-are covered by sha256 digests, so a bundle that was cut or changed is refused. Nothing in it is a pickle.
+A folder: ``model.safetensors`` holds the weights, ``unknown.safetensors``, once the bundle is calibrated, where the
+features of training tiles lie, and ``bundle.json`` everything needed to use them. All are covered by sha256 digests, so
+a bundle that was cut or changed is refused. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ from configs.errors import TilefleetError, UsageError
 from configs.schema import Sealed
 from training import models
 from training.augment import normalise
+from training.judge import Judge, Reference
 
 WEIGHTS = "model.safetensors"
+REFERENCE = "unknown.safetensors"
 INFO = "bundle.json"
+VERSION = 2
 
 
 class BundleInfo(Sealed):
-    """``bundle.json``. ``mean`` and ``std`` are per channel on pixels scaled to 0..1."""
+    """``bundle.json``. ``mean`` and ``std`` are per channel on pixels scaled to 0..1.
 
-    version: int = 1
+    Tiles farther than ``unknown_threshold`` (see :mod:`training.judge`) are unknown; None, before calibration: none is.
+    """
+
+    version: int = VERSION
     architecture: str
     arguments: dict[str, float] = Field(default_factory=dict)
     classes: list[str]
@@ -37,21 +44,34 @@ class BundleInfo(Sealed):
     mean: list[float]
     std: list[float]
     temperature: float = 1.0
-    unknown_threshold: float = 0.0
+    unknown_threshold: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
     data_fingerprint: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     weights_sha256: str = ""
+    reference_sha256: str = ""
 
 
 def save_bundle(location: str | Path, model: nn.Module, info: BundleInfo) -> BundleInfo:
-    """Write a bundle; ``bundle.json`` comes last, so an interrupted save is seen as a changed bundle."""
+    """Write an uncalibrated bundle; ``bundle.json`` comes last, so an interrupted save is seen as a changed bundle."""
     weights = save_safetensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     )
     info = info.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()}).sealed()
     storage.write_bytes(storage.join(location, WEIGHTS), weights)
+    storage.write_bytes(storage.join(location, INFO), info.model_dump_json(indent=1).encode())
+    return info
+
+
+def save_calibration(
+    location: str | Path, info: BundleInfo, temperature: float, reference: Reference, unknown_threshold: float
+) -> BundleInfo:
+    """Give a saved bundle, whose info is ``info``, what was found on its validation split."""
+    data = save_safetensors(vars(reference))
+    found = {"temperature": temperature, "unknown_threshold": unknown_threshold}
+    info = info.model_copy(update=found | {"reference_sha256": hashlib.sha256(data).hexdigest()}).sealed()
+    storage.write_bytes(storage.join(location, REFERENCE), data)
     storage.write_bytes(storage.join(location, INFO), info.model_dump_json(indent=1).encode())
     return info
 
@@ -71,60 +91,61 @@ def read_info(location: str | Path) -> BundleInfo:
         ) from error
     if not info.is_intact():
         raise TilefleetError(f"{path}: changed since it was saved; use another copy or train again")
+    if info.version != VERSION:
+        raise TilefleetError(f"{path}: a bundle of version {info.version}, this is for version {VERSION}; train again")
     return info
 
 
 def check_bundle(location: str | Path) -> BundleInfo:
     """The info of a bundle that is whole; raises where any part is missing or changed. No model is built."""
     info = read_info(location)
-    _read_weights(location, info)
+    _read(location, WEIGHTS, info.weights_sha256)
+    if info.reference_sha256:
+        _read(location, REFERENCE, info.reference_sha256)
     return info
 
 
-def load_bundle(location: str | Path) -> tuple[nn.Module, BundleInfo]:
+def load_bundle(location: str | Path) -> tuple[Judge, BundleInfo]:
     """The trained model in evaluation mode, on the CPU, and its info; raises where any part is missing or changed."""
     info = read_info(location)
-    weights = _read_weights(location, info)
+    weights = _read(location, WEIGHTS, info.weights_sha256)
     model = models.build(info.architecture, len(info.classes), info.tile_size, **info.arguments)
     try:
         model.load_state_dict(load_safetensors(weights))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise TilefleetError(f"{location}: the weights do not fit the model {info.architecture} ({reason})") from error
-    return model.eval(), info
+    reference = None
+    if info.reference_sha256:
+        reference = Reference(**load_safetensors(_read(location, REFERENCE, info.reference_sha256)))
+    return Judge(model, info.temperature, reference).eval(), info
 
 
-def bundle_logits(model: nn.Module, info: BundleInfo, pixels: Tensor, device: torch.device | str) -> Tensor:
-    """Logits over the temperature, float32 ``[B, classes]`` on ``device``, for uint8 ``[B, 3, size, size]``.
+def judge_pixels(judge: Judge, info: BundleInfo, pixels: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Logits over the temperature, float32 ``[B, classes]``, and distances, float32 ``[B]``, both on ``device``, for
+    uint8 ``[B, 3, size, size]``.
 
-    Evaluation and inference both judge these numbers: float32 on the CPU, bfloat16 autocast on a GPU. ``model`` must
+    Evaluation and inference both judge these numbers: float32 on the CPU, bfloat16 autocast on a GPU. ``judge`` must
     be on ``device``.
     """
     kind = torch.device(device).type
     with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-        logits: Tensor = model(normalise(pixels.to(device), info.mean, info.std))
-        return logits.float() / info.temperature
+        found: tuple[Tensor, Tensor] = judge(normalise(pixels.to(device), info.mean, info.std))
+        return found
 
 
-def known_score(logits: Tensor) -> Tensor:
-    """How sure a model is that tiles are of one of its classes: ``[B]`` for calibrated logits ``[B, classes]``.
-
-    It is the largest probability (Hendrycks and Gimpel 2017). The ``unknown`` threshold is set on this score, and
-    whatever judges it takes the score from here.
-    """
-    return torch.softmax(logits, dim=1).amax(dim=1)
+def is_unknown(info: BundleInfo, distances: Tensor) -> Tensor:
+    """Which tiles are unknown by their distances ``[B]``: bool ``[B]``."""
+    if info.unknown_threshold is None:
+        return torch.zeros_like(distances, dtype=torch.bool)
+    return ~(distances <= info.unknown_threshold)  # so NaN is unknown
 
 
-def is_unknown(info: BundleInfo, score: Tensor) -> Tensor:
-    """Which tiles of :func:`known_score` ``[B]`` are unknown: bool ``[B]``."""
-    return ~(score >= info.unknown_threshold)  # so NaN is unknown
-
-
-def _read_weights(location: str | Path, info: BundleInfo) -> bytes:
-    path = storage.join(location, WEIGHTS)
+def _read(location: str | Path, name: str, sha256: str) -> bytes:
+    path = storage.join(location, name)
     if not storage.exists(path):
-        raise TilefleetError(f"{location}: its weights are missing, {WEIGHTS} should stand beside {INFO}")
-    weights = storage.read_bytes(path)
-    if hashlib.sha256(weights).hexdigest() != info.weights_sha256:
+        raise TilefleetError(f"{location}: a part is missing, {name} should stand beside {INFO}")
+    data = storage.read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise TilefleetError(f"{path}: changed since it was saved or cut short; use another copy or train again")
-    return weights
+    return data

@@ -1,6 +1,7 @@
-"""Confidence one can use: a temperature and an ``unknown`` threshold for a bundle, fitted on the validation split.
+"""Confidence one can use: a temperature for a bundle, and a distance from which on a tile is ``unknown``.
 
-In come a bundle and its shards, out goes the same bundle with both set. Training runs it at its end; evaluation reads
+In come a bundle and its shards, out goes the same bundle with both set: distances are measured from training tiles,
+temperature and threshold are fitted on the validation split. Training runs it at its end; evaluation reads
 the logits through here too, so that all of them judge the same numbers.
 """
 
@@ -10,14 +11,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from training.bundle import BundleInfo, bundle_logits, known_score, load_bundle, save_bundle
+from training.augment import normalise
+from training.bundle import BundleInfo, judge_pixels, load_bundle, save_calibration
 from training.decode import decode_tiles
+from training.judge import Judge, fit_reference
 from training.shards import TileReader
 
 FALSE_ALARMS = 0.01
 """Share of validation tiles that the threshold flags as unknown."""
+
+REFERENCE_TILES = 5000
+"""Most training tiles from which distances are measured; evenly spread over the set."""
 
 _BISECTIONS = 60
 _LOWEST, _HIGHEST = 1e-3, 1e3  # inverse temperatures that are searched
@@ -27,22 +33,23 @@ Progress = Callable[[int, int], None]
 
 
 def calibrate(bundle: str, shards: str, device: torch.device) -> BundleInfo:
-    """Fit temperature and threshold of ``bundle`` on the val split of ``shards`` and save them with it.
+    """Fit temperature, distances and threshold of ``bundle`` on ``shards`` and save them with it.
 
     An empty val split leaves the bundle as it is.
     """
-    model, info = load_bundle(bundle)
+    judge, info = load_bundle(bundle)
     reader = TileReader(shards, "val")
     if not len(reader):
         return info
-    logits, errors = split_logits(model, info.model_copy(update={"temperature": 1.0}), reader, device)
+    judge.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    judge.temperature = 1.0
+    reference = fit_reference(*_features(judge, info, TileReader(shards, "train"), device))
+    judge.refer_to(reference)
+    logits, distances, errors = judge_split(judge, info, reader, device)
     decoded = torch.tensor([error is None for error in errors])
     labels = torch.from_numpy(reader.labels.astype(np.int64))
     temperature = fit_temperature(logits[decoded], labels[decoded])
-    threshold = unknown_threshold(known_score(logits[decoded] / temperature))
-    return save_bundle(
-        bundle, model, info.model_copy(update={"temperature": temperature, "unknown_threshold": threshold})
-    )
+    return save_calibration(bundle, info, temperature, reference, unknown_threshold(distances[decoded]))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -61,28 +68,47 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return float(1 / (low * high) ** 0.5)
 
 
-def unknown_threshold(scores: Tensor, false_alarms: float = FALSE_ALARMS) -> float:
-    """The largest threshold that at most ``false_alarms`` of the known tiles' ``scores`` ``[N]`` lie below."""
-    return float(scores.sort().values[int(false_alarms * len(scores))])
+def unknown_threshold(distances: Tensor, false_alarms: float = FALSE_ALARMS) -> float:
+    """The least threshold that at most ``false_alarms`` of the known tiles' ``distances`` ``[N]`` lie above."""
+    return float(distances.sort(descending=True).values[int(false_alarms * len(distances))])
 
 
-def split_logits(
-    model: nn.Module,
+def judge_split(
+    judge: Judge,
     info: BundleInfo,
     reader: TileReader,
     device: torch.device,
     batch_size: int = 256,
     progress: Progress | None = None,
-) -> tuple[Tensor, list[str | None]]:
-    """Logits over the temperature, float32 ``[tiles, classes]`` on the CPU, and for each tile None or its error."""
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    logits = torch.empty(len(reader), len(info.classes))
+) -> tuple[Tensor, Tensor, list[str | None]]:
+    """Logits over the temperature, float32 ``[tiles, classes]``, distances, float32 ``[tiles]``, both on the CPU, and
+    for each tile None or why it cannot be decoded.
+    """
+    judge.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    logits, distances = torch.empty(len(reader), len(info.classes)), torch.empty(len(reader))
     errors: list[str | None] = []
     for start in range(0, len(reader), batch_size):
-        positions = range(start, min(start + batch_size, len(reader)))
-        pixels, batch_errors = decode_tiles(reader.read(positions), info.tile_size)
-        logits[start : positions.stop] = bundle_logits(model, info, pixels, device).cpu()
+        place = slice(start, min(start + batch_size, len(reader)))
+        pixels, batch_errors = decode_tiles(reader.read(range(place.start, place.stop)), info.tile_size)
+        logits[place], distances[place] = judge_pixels(judge, info, pixels, device)
         errors += batch_errors
         if progress:
-            progress(positions.stop, len(reader))
-    return logits, errors
+            progress(place.stop, len(reader))
+    return logits, distances, errors
+
+
+def _features(
+    judge: Judge, info: BundleInfo, reader: TileReader, device: torch.device, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Features float32 ``[N, features]`` and labels int64 ``[N]`` of up to :data:`REFERENCE_TILES` tiles."""
+    chosen = np.linspace(0, len(reader) - 1, min(len(reader), REFERENCE_TILES)).round().astype(np.int64)
+    features, labels = [], []
+    for start in range(0, len(chosen), batch_size):
+        positions = chosen[start : start + batch_size]
+        pixels, errors = decode_tiles(reader.read(positions.tolist()), info.tile_size)
+        decoded = torch.tensor([error is None for error in errors])
+        with torch.inference_mode():
+            found = judge.body(normalise(pixels[decoded].to(device), info.mean, info.std))
+        features.append(found.float().cpu())
+        labels.append(torch.from_numpy(reader.labels[positions].astype(np.int64))[decoded])
+    return torch.cat(features), torch.cat(labels)

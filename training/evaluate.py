@@ -23,8 +23,8 @@ from torch.nn import functional
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
-from training.bundle import known_score, load_bundle
-from training.calibrate import Progress, split_logits
+from training.bundle import load_bundle
+from training.calibrate import Progress, judge_split
 from training.foreign import judge_unknown
 from training.images import list_images
 from training.plots import plot_calibration, plot_confusion
@@ -63,14 +63,16 @@ def evaluate(
     the unknown threshold is judged. Raises :class:`UsageError` where the split is empty or there is no place for the
     results, and :class:`TilefleetError` where the bundle was made for other classes.
     """
-    model, info = load_bundle(bundle)
+    judge, info = load_bundle(bundle)
     index = load_index(shards)
     _check_classes(bundle, info.classes, shards, index.classes)
     index.require(shards, split)
+    if foreign and info.unknown_threshold is None:
+        raise UsageError(f"{bundle}: was not calibrated, as its shards had no val split; train it on ones that do")
     strangers = list_images(foreign) if foreign else []
     out = _place(bundle, out)
     reader = TileReader(shards, split)
-    logits, errors = split_logits(model, info, reader, _device(device), batch_size, progress)
+    logits, distances, errors = judge_split(judge, info, reader, _device(device), batch_size, progress)
 
     labels = torch.from_numpy(reader.labels.astype(np.int64))
     decoded = torch.tensor([error is None for error in errors])
@@ -108,12 +110,12 @@ def evaluate(
     plot_calibration(result["calibration"], result["calibration_before"], storage.join(out, "calibration.png"))
     storage.remove(storage.join(out, "unknown.png"))  # of an earlier evaluation
     if foreign:
-        known = known_score(logits)[decoded].numpy()
+        known = distances[decoded].numpy()
         if not len(known):
             raise TilefleetError(f"{shards}: no tile of split {split!r} can be decoded; `tilefleet verify` tells more")
         plot = storage.join(out, "unknown.png")
         also = progress and (lambda done, total: progress(len(reader) + done, len(reader) + total))
-        result["foreign"] = {"source": foreign, **judge_unknown(model, info, known, strangers, plot, also)}
+        result["foreign"] = {"source": foreign, **judge_unknown(judge, info, known, strangers, plot, also)}
     storage.write_bytes(storage.join(out, RESULT), json.dumps(result, indent=1).encode())
     return result
 

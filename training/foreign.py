@@ -1,6 +1,6 @@
-"""How well ``unknown`` works: a model's scores of images of something else against those of tiles of its own classes.
+"""How well ``unknown`` works: how far images of something else are from a model, against tiles of its own classes.
 
-In come the scores of known tiles and a list of foreign images, out go the AUROC and the shares that the bundle's
+In come the distances of known tiles and a list of foreign images, out go the AUROC and the shares that the bundle's
 threshold flags. Images are read and decoded one at a time and judged in batches, so memory is that of one batch.
 """
 
@@ -12,31 +12,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from configs.errors import TilefleetError
-from training.bundle import BundleInfo, bundle_logits, is_unknown, known_score
+from training.bundle import BundleInfo, is_unknown, judge_pixels
 from training.calibrate import Progress
 from training.decode import TileError, decode_image, resize
 from training.images import Entry
+from training.judge import Judge
 from training.plots import plot_unknown
 
-Scores = npt.NDArray[np.float32]
+Distances = npt.NDArray[np.float32]
 
 
 def judge_unknown(
-    model: nn.Module,
+    judge: Judge,
     info: BundleInfo,
-    known: Scores,
+    known: Distances,
     images: Sequence[Entry],
     plot: str,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """AUROC, threshold, and the shares it flags of ``known`` tiles' scores (false alarms) and of foreign ``images``.
+    """AUROC, threshold, and the shares it flags of ``known`` tiles' distances (false alarms) and of foreign ``images``.
 
     Both distributions are drawn to ``plot``. Raises :class:`TilefleetError` where not one image can be decoded.
     """
-    foreign = foreign_scores(model, info, images, progress=progress)
+    assert info.unknown_threshold is not None
+    foreign = foreign_distances(judge, info, images, progress=progress)
     result = {
         "images": len(foreign),
         "undecodable": len(images) - len(foreign),
@@ -49,30 +50,30 @@ def judge_unknown(
     return result
 
 
-def auroc(known: Scores, foreign: Scores) -> float:
-    """The share of all pairs of a known tile and a foreign image in which the known one has the higher score.
+def auroc(known: Distances, foreign: Distances) -> float:
+    """The share of all pairs of a known tile and a foreign image in which the foreign one is farther away.
 
     A tie counts half. This is the area under the ROC curve (Hanley and McNeil 1982), and 0.5 is what chance gives.
     """
-    ordered = np.sort(foreign)
-    below, up_to = np.searchsorted(ordered, known, "left"), np.searchsorted(ordered, known, "right")
+    ordered = np.sort(known)
+    below, up_to = np.searchsorted(ordered, foreign, "left"), np.searchsorted(ordered, foreign, "right")
     return float((below + up_to).sum() / (2 * len(known) * len(foreign)))
 
 
-def foreign_scores(
-    model: nn.Module,
+def foreign_distances(
+    judge: Judge,
     info: BundleInfo,
     images: Sequence[Entry],
     batch_size: int = 256,
     progress: Progress | None = None,
-) -> Scores:
-    """Scores float32 ``[decodable images]``, in order, computed on the device of ``model``.
+) -> Distances:
+    """Distances float32 ``[decodable images]``, in order, computed on the device of ``judge``.
 
     Images are resized to the bundle's tile size. Raises :class:`TilefleetError` where not one of them can be decoded.
     """
-    device = next(model.parameters()).device
+    device = next(judge.parameters()).device
     pixels = torch.empty(batch_size, 3, info.tile_size, info.tile_size, dtype=torch.uint8)
-    found: list[Scores] = []
+    found: list[Distances] = []
     for start in range(0, len(images), batch_size):
         batch, filled = images[start : start + batch_size], 0
         for image in batch:
@@ -82,7 +83,7 @@ def foreign_scores(
                 continue
             filled += 1
         if filled:
-            found.append(known_score(bundle_logits(model, info, pixels[:filled], device)).cpu().numpy())
+            found.append(judge_pixels(judge, info, pixels[:filled], device)[1].cpu().numpy())
         if progress:
             progress(start + len(batch), len(images))
     if not found:

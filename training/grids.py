@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster import storage
 from configs.errors import TilefleetError
 from configs.schema import Recipe
-from training.bundle import BundleInfo, bundle_logits, load_bundle
+from training.bundle import BundleInfo, judge_pixels, load_bundle
 from training.decode import decode_tiles
+from training.judge import Judge
 from training.learner import untrained
 from training.shards import TileReader, load_index
 from training.show import ALARM, FRAME, Frame, choose, draw, framed, save
@@ -42,8 +43,8 @@ def prediction_grids(recipe: Recipe, out: str) -> str | None:
     trained, info = load_bundle(storage.join(recipe.run, "bundle"))
     sheets, missing = [], None
     try:
-        start = untrained(recipe, index).eval()
-        sheets.append(_sheet("before training", start, info.model_copy(update={"temperature": 1.0}), pixels, truth))
+        start = Judge(untrained(recipe, index)).eval()
+        sheets.append(_sheet("before training", start, info, pixels, truth))
     except TilefleetError as error:  # of the weights it started from: the rest is as good without
         missing = str(error)
     sheets.append(_sheet(f"after training, on tiles of {split}", trained, info, pixels, truth))
@@ -56,10 +57,10 @@ def prediction_grids(recipe: Recipe, out: str) -> str | None:
     return missing
 
 
-def _sheet(title: str, model: nn.Module, info: BundleInfo, pixels: Tensor, truth: list[int]) -> Image.Image:
+def _sheet(title: str, judge: Judge, info: BundleInfo, pixels: Tensor, truth: list[int]) -> Image.Image:
     """One grid for uint8 ``[N, 3, size, size]`` and the true classes ``[N]``."""
-    model = model.to(memory_format=torch.channels_last)
-    confidence, predicted = torch.softmax(bundle_logits(model, info, pixels, "cpu"), dim=1).max(dim=1)
+    judge.to(memory_format=torch.channels_last)
+    confidence, predicted = torch.softmax(judge_pixels(judge, info, pixels, "cpu")[0], dim=1).max(dim=1)
     tiles = zip(pixels, truth, predicted.tolist(), confidence.tolist(), strict=True)
     frames = [_frame(tile, info.classes[true], info.classes[said], sure) for tile, true, said, sure in tiles]
     right = sum(true == said for true, said in zip(truth, predicted.tolist(), strict=True))

@@ -45,8 +45,13 @@ class Judge(nn.Module):
         self.head = take_head(model)
         self.body = model
         self.temperature = temperature
+        self.refer_to(reference)
+
+    def refer_to(self, reference: Reference | None) -> None:
+        """Measure distances from ``reference`` from now on."""
+        device = next(self.head.parameters()).device
         for name in ("centre", "whitening", "means"):
-            self.register_buffer(name, getattr(reference, name, None))
+            self.register_buffer(name, getattr(reference, name).to(device) if reference else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and distances."""

@@ -118,26 +118,28 @@ def plot_calibration(after: dict[str, Any], before: dict[str, Any], path: str) -
 def plot_unknown(
     known: npt.NDArray[np.float32], foreign: npt.NDArray[np.float32], threshold: float, title: str, path: str
 ) -> None:
-    """Write a PNG of how the scores of known tiles and of foreign images, float32 ``[N]`` and ``[M]``, are spread.
+    """Write a PNG of how far known tiles and foreign images are, distances float32 ``[N]`` and ``[M]``, are spread.
 
     Bars are shares of their own set, on a root scale, so that the few tiles that matter at the threshold can be seen.
     """
     figure = Figure(figsize=(9, 4), layout="constrained", dpi=130)
     axes = figure.add_subplot()
-    edges = np.histogram_bin_edges(np.concatenate([known, foreign]), 40)
+    both = np.concatenate([known, foreign])
+    edges = np.geomspace(max(both.min(), 1e-3), max(both.max(), 2e-3), 41)
     styles: tuple[dict[str, Any], ...] = (
         {"color": VALIDATION, "alpha": 0.55},
         {"facecolor": "none", "edgecolor": ALARM, "hatch": "////", "linewidth": 1.2},
     )
-    for scores, name, style in zip((known, foreign), ("known tiles", "foreign images"), styles, strict=True):
-        share = np.histogram(scores, edges)[0] / len(scores)
-        axes.stairs(share, edges, fill=True, label=f"{name} ({len(scores):,})", **style)
-    axes.axvline(threshold, color="#1b2a3a", linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
+    for distances, name, style in zip((known, foreign), ("known tiles", "foreign images"), styles, strict=True):
+        share = np.histogram(distances, edges)[0] / len(distances)
+        axes.stairs(share, edges, fill=True, label=f"{name} ({len(distances):,})", **style)
+    axes.axvline(threshold, color="#1b2a3a", linestyle="--", linewidth=1.2, label=f"threshold {threshold:.1f}")
+    axes.set_xscale("log")
     axes.set_yscale("function", functions=(np.sqrt, np.square))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("share of the set")
-    _style(axes, title, "score; unknown left of the threshold")
+    _style(axes, title, "distance from what was learnt; unknown right of the threshold")
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     _write_png(figure, path)
 

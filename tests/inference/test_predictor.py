@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from PIL import Image
 from configs.errors import UsageError
 from inference.predictor import Predictor
 from training.augment import normalise
-from training.bundle import BundleInfo, load_bundle, save_bundle
+from training.bundle import BundleInfo, judge_pixels, load_bundle, save_bundle, save_calibration
 from training.decode import decode_tiles
+from training.judge import fit_reference
 from training.models import build
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +49,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_predictions_are_those_of_the_model_on_the_shared_preprocessing(bundle: str) -> None:
     tiles = jpegs(9)
-    model, _ = load_bundle(bundle)
+    judge, _ = load_bundle(bundle)
     with torch.inference_mode():
-        logits = model(normalise(decode_tiles(tiles, 32)[0], MEAN, STD))
-    expected = torch.softmax(logits / 0.05, 1).numpy()
+        plain = judge.head(judge.body(normalise(decode_tiles(tiles, 32)[0], MEAN, STD)))
+    expected = torch.softmax(plain / 0.05, 1).numpy()
     result = Predictor(bundle, "cpu").predict(tiles)
     np.testing.assert_allclose(result.probabilities, expected, atol=1e-6)
     assert (result.class_id == expected.argmax(1)).all()
@@ -98,9 +100,19 @@ def test_tiles_of_another_size_and_kind_are_classified(bundle: str) -> None:
     assert Predictor(bundle, "cpu").predict([buffer.getvalue(), *jpegs(1, size=64)]).errors == [None, None]
 
 
-def test_a_tile_below_the_threshold_is_unknown(tmp_path: Path) -> None:
-    assert Predictor(save(tmp_path / "strict", unknown_threshold=0.999), "cpu").predict(jpegs(3)).is_unknown.all()
-    assert not Predictor(save(tmp_path / "lax", unknown_threshold=0.0), "cpu").predict(jpegs(3)).is_unknown.any()
+def test_a_tile_farther_than_the_threshold_is_unknown(bundle: str, tmp_path: Path) -> None:
+    judge, info = load_bundle(bundle)
+    tiles = jpegs(40)
+    pixels = decode_tiles(tiles, 32)[0]
+    with torch.inference_mode():
+        reference = fit_reference(judge.body(normalise(pixels[:30], MEAN, STD)), torch.arange(30) % 3)
+        judge.refer_to(reference)
+        distances = judge_pixels(judge, info, pixels, "cpu")[1]
+    threshold = float(distances.sort().values[19:21].mean())
+    copy = str(shutil.copytree(bundle, tmp_path / "bundle"))
+    save_calibration(copy, info, 1.0, reference, threshold)
+    assert (Predictor(copy, "cpu").predict(tiles).is_unknown == (distances > threshold).numpy()).all()
+    assert not Predictor(bundle, "cpu").predict(tiles).is_unknown.any()
 
 
 def test_what_cannot_be_used_is_named(tmp_path: Path, bundle: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from configs.errors import TilefleetError, UsageError
-from training.bundle import load_bundle
+from training.bundle import BundleInfo, check_bundle, load_bundle, save_calibration
+from training.judge import Reference
 
 
 @pytest.fixture
@@ -23,8 +24,8 @@ def test_a_bundle_gives_back_the_model(bundle: Path) -> None:
     again, _ = load_bundle(bundle)
     x = torch.rand(2, 3, info.tile_size, info.tile_size)
     assert not model.training
-    assert torch.equal(model(x), again(x))
-    assert model(x).shape == (2, len(info.classes))
+    assert torch.equal(model(x)[0], again(x)[0])
+    assert model(x)[0].shape == (2, len(info.classes))
 
 
 def test_no_such_bundle_is_a_usage_error(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_changed_weights_are_refused(copy: Path, at: int) -> None:
 
 def test_missing_weights_are_named(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
-    with pytest.raises(TilefleetError, match="weights are missing"):
+    with pytest.raises(TilefleetError, match=r"model\.safetensors should stand beside"):
         load_bundle(copy)
 
 
@@ -65,4 +66,24 @@ def test_changed_info_is_refused(copy: Path) -> None:
 def test_broken_info_is_refused(copy: Path, text: str) -> None:
     (copy / "bundle.json").write_text(text)
     with pytest.raises(TilefleetError, match="damaged or not a bundle"):
+        load_bundle(copy)
+
+
+def test_a_bundle_of_another_version_is_refused(copy: Path) -> None:
+    info = BundleInfo.model_validate_json((copy / "bundle.json").read_text())
+    (copy / "bundle.json").write_text(info.model_copy(update={"version": 1}).sealed().model_dump_json())
+    with pytest.raises(TilefleetError, match="a bundle of version 1, this is for version 2; train again"):
+        load_bundle(copy)
+
+
+def test_a_changed_or_missing_reference_is_refused(copy: Path) -> None:
+    _, info = load_bundle(copy)
+    save_calibration(copy, info, 1.0, Reference(torch.zeros(500), torch.eye(500), torch.zeros(3, 500)), 7.0)
+    assert load_bundle(copy)[0].means is not None
+    data = (copy / "unknown.safetensors").read_bytes()
+    (copy / "unknown.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(TilefleetError, match=r"unknown\.safetensors: changed"):
+        check_bundle(copy)
+    (copy / "unknown.safetensors").unlink()
+    with pytest.raises(TilefleetError, match=r"unknown\.safetensors should stand beside"):
         load_bundle(copy)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.bundle import load_bundle
-from training.calibrate import calibrate, fit_temperature, split_logits, unknown_threshold
+from training.bundle import check_bundle, is_unknown, load_bundle
+from training.calibrate import calibrate, fit_temperature, judge_split, unknown_threshold
 from training.shards import TileReader
 
 
@@ -44,23 +44,25 @@ def test_logits_that_are_never_wrong_do_not_break_it() -> None:
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=300), st.floats(0, 0.5))
-def test_the_threshold_flags_no_more_than_asked_for(confidence: list[float], share: float) -> None:
-    values = torch.tensor(confidence)
+def test_the_threshold_flags_no_more_than_asked_for(distances: list[float], share: float) -> None:
+    values = torch.tensor(distances)
     threshold = unknown_threshold(values, share)
-    assert (values < threshold).sum() <= share * len(values)
+    assert (values > threshold).sum() <= share * len(values)
 
 
 def test_calibrating_a_bundle_lowers_its_loss_and_keeps_its_weights(bundle: Path, shards: Path, tmp_path: Path) -> None:
     copy = str(shutil.copytree(bundle, tmp_path / "bundle"))
     info = calibrate(copy, str(shards), torch.device("cpu"))
-    model, saved = load_bundle(copy)
-    assert saved == info
+    judge, saved = load_bundle(copy)
+    assert saved == info == check_bundle(copy)
     assert (tmp_path / "bundle" / "model.safetensors").read_bytes() == (bundle / "model.safetensors").read_bytes()
     reader = TileReader(shards, "val")
     labels = torch.from_numpy(reader.labels).long()
-    scaled, _ = split_logits(model, saved, reader, torch.device("cpu"))
+    scaled, distances, _ = judge_split(judge, saved, reader, torch.device("cpu"))
+    assert is_unknown(saved, distances).sum() <= 0.01 * len(reader)
+    assert distances.min() > 0
     plain = scaled * saved.temperature
     loss = torch.nn.functional.cross_entropy
     assert loss(scaled, labels) <= loss(plain, labels)
     again = calibrate(copy, str(shards), torch.device("cpu"))
-    assert again.temperature == pytest.approx(info.temperature)
+    assert again == info
