@@ -21,6 +21,9 @@ def session(cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Workers that wait for a host which has just gone are given up sooner than after a minute, and asked for anew among
+    # the hosts that are left; where all are needed, Ray asks again and again until the host is back.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else its notes to its own authors land on the terminal
     import ray
 
@@ -46,6 +49,13 @@ def available_cpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("CPU", 0))
+
+
+def by_host(kind: str) -> list[int]:
+    """``"CPU"`` or ``"GPU"`` of each host of the connected cluster that is up."""
+    import ray
+
+    return [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
 
 
 def available_gpus() -> int:

@@ -2,29 +2,35 @@
 
 Everything that lies on disk goes through here. A location is a local path or a URI that ``pyarrow.fs`` opens
 (``s3://bucket/key``, ``gs://...``). A write is seen whole or not at all: locally by a temporary file that is renamed,
-on object storage because a put is atomic there.
+on object storage because a put is atomic there. Keys, region and endpoint of S3 come from where AWS's own tools take
+them; ``AWS_ENDPOINT_URL`` names a store that is not Amazon's, and must be set on every host.
+
+What fails for a passing reason is tried again by the store's own client, which knows what passes (a refused key does
+not) and covers every request of a stream; there is no second layer of tries here to multiply that.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import pyarrow.fs as pafs
 
 from configs.errors import TilefleetError, UsageError
 
-T = TypeVar("T")
-
 ATTEMPTS = 5
-"""Tries of a remote operation before its error is the user's."""
+"""Tries of a request to S3 before its error is the user's, a little later each time: some ten seconds in all."""
+
+
+class StoreError(TilefleetError, OSError):
+    """Object storage that does not do its part, in one line; an ``OSError`` too, as a disk's would be."""
 
 
 def is_uri(location: str | Path) -> bool:
@@ -46,16 +52,16 @@ def exists(location: str | Path) -> bool:
     """Whether a file or folder stands at ``location``."""
     if not is_uri(location):
         return _local(location).exists()
-    fs, path = _remote(location)
-    return bool(_retry(lambda: fs.get_file_info(path)).type != pafs.FileType.NotFound)
+    with _remote(location) as (fs, path):
+        return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 def is_dir(location: str | Path) -> bool:
     """Whether ``location`` is a folder (on object storage: a prefix that holds something)."""
     if not is_uri(location):
         return _local(location).is_dir()
-    fs, path = _remote(location)
-    return bool(_retry(lambda: fs.get_file_info(path)).type == pafs.FileType.Directory)
+    with _remote(location) as (fs, path):
+        return bool(fs.get_file_info(path).type == pafs.FileType.Directory)
 
 
 def list_files(location: str | Path, *, recursive: bool = False) -> list[str]:
@@ -64,10 +70,9 @@ def list_files(location: str | Path, *, recursive: bool = False) -> list[str]:
         root = _local(location)
         found = root.rglob("*") if recursive else root.glob("*")
         return sorted(str(p) for p in found if p.is_file())
-    fs, path = _remote(location)
     scheme = str(location).split("://", 1)[0]
-    selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
-    infos = _retry(lambda: fs.get_file_info(selector))
+    with _remote(location) as (fs, path):
+        infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
     return sorted(f"{scheme}://{i.path}" for i in infos if i.type == pafs.FileType.File)
 
 
@@ -75,8 +80,11 @@ def size(location: str | Path) -> int:
     """Size of a file in bytes."""
     if not is_uri(location):
         return _local(location).stat().st_size
-    fs, path = _remote(location)
-    return int(_retry(lambda: fs.get_file_info(path)).size)
+    with _remote(location) as (fs, path):
+        info = fs.get_file_info(path)
+    if info.type != pafs.FileType.File:
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(location))
+    return int(info.size)
 
 
 def make_dirs(location: str | Path) -> None:
@@ -92,22 +100,25 @@ def read_bytes(location: str | Path, offset: int = 0, length: int | None = None)
         with _local(location).open("rb") as file:
             file.seek(offset)
             return file.read(-1 if length is None else length)
-    fs, path = _remote(location)
-
-    def read() -> bytes:
-        with fs.open_input_file(path) as file:
-            file.seek(min(offset, file.size()))
-            return bytes(file.read(length))
-
-    return _retry(read)
+    with _remote(location) as (fs, path):
+        while True:
+            with fs.open_input_file(path) as file:
+                file.seek(min(offset, file.size()))
+                data, version = bytes(file.read(length)), file.metadata()
+            if length is not None:
+                return data
+            # The size was asked for before the bytes: of a file that was replaced in between they are a part.
+            with fs.open_input_file(path) as file:
+                if file.metadata() == version:
+                    return data
 
 
 def open_input(location: str | Path) -> IO[bytes]:
     """A seekable binary stream over a file; the caller closes it."""
     if not is_uri(location):
         return _local(location).open("rb")
-    fs, path = _remote(location)
-    stream: IO[bytes] = _retry(lambda: fs.open_input_file(path))
+    with _remote(location) as (fs, path):
+        stream: IO[bytes] = fs.open_input_file(path)
     return stream
 
 
@@ -117,13 +128,9 @@ def write_bytes(location: str | Path, data: bytes) -> None:
     Raises :class:`TilefleetError` where the disk is full or the place cannot be written.
     """
     if is_uri(location):
-        fs, path = _remote(location)
-
-        def put() -> None:
-            with fs.open_output_stream(path) as stream:
-                stream.write(data)
-
-        _retry(put)
+        memoryview(data)  # what is not bytes is refused before a stream is open, whose end would make an empty file
+        with _remote(location) as (fs, path), fs.open_output_stream(path) as stream:
+            stream.write(data)
         return
     target = _local(location)
     with clear_errors(target):
@@ -146,9 +153,8 @@ def remove(location: str | Path) -> None:
     if not is_uri(location):
         _local(location).unlink(missing_ok=True)
         return
-    fs, path = _remote(location)
-    if exists(location):
-        _retry(lambda: fs.delete_file(path))
+    with _remote(location) as (fs, path), suppress(FileNotFoundError):
+        fs.delete_file(path)
 
 
 def remove_tree(location: str | Path) -> None:
@@ -156,9 +162,8 @@ def remove_tree(location: str | Path) -> None:
     if not is_uri(location):
         shutil.rmtree(_local(location), ignore_errors=True)
         return
-    fs, path = _remote(location)
-    if exists(location):
-        _retry(lambda: fs.delete_dir(path))
+    with _remote(location) as (fs, path), suppress(FileNotFoundError):
+        fs.delete_dir(path)
 
 
 @contextmanager
@@ -181,29 +186,56 @@ def _local(location: str | Path) -> Path:
     return Path(text.removeprefix("file://"))
 
 
-def _remote(location: str | Path) -> tuple[Any, str]:
+def filesystem(location: str | Path) -> tuple[Any, str]:
+    """``location`` as libraries take it that know ``pyarrow.fs``: a file system and a path in it.
+
+    Raises :class:`UsageError` for a URI that cannot be opened.
+    """
+    if not is_uri(location):
+        return pafs.LocalFileSystem(), str(_local(location))
+    scheme, _, path = str(location).partition("://")
     try:
+        if scheme == "s3":
+            return _s3(path.partition("/")[0], _endpoint()), path
         fs, path = pafs.FileSystem.from_uri(str(location))
     except Exception as error:  # pyarrow raises its own and built-in types alike here
         raise UsageError(f"{location}: not a location that can be opened ({error})") from error
     return fs, path
 
 
-def _retry(operation: Callable[[], T]) -> T:
-    """Run a remote operation again, a little later each time, while it fails for a passing reason."""
-    for delay in _delays():
-        try:
-            return operation()
-        except FileNotFoundError:
-            raise
-        except OSError:
-            time.sleep(delay)
-    return operation()
+@contextmanager
+def _remote(location: str | Path) -> Iterator[tuple[Any, str]]:
+    """The file system of a URI and the path in it; what fails in the block is one line that names it.
+
+    Raises :class:`StoreError` for a store that does not do its part; a missing file stays ``FileNotFoundError``.
+    """
+    fs, path = filesystem(location)
+    try:
+        yield fs, path
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(
+            f"{location}: {reason}; what is finished is kept: mend it and run the same command again"
+        ) from error
 
 
-def _delays() -> Iterator[float]:
-    for attempt in range(ATTEMPTS - 1):
-        yield 0.2 * 2**attempt
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+@functools.cache  # a client holds its connections: making one anew for each call would open new ones each time
+def _s3(bucket: str, endpoint: str | None) -> Any:
+    known = endpoint or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=None if known else pafs.resolve_s3_region(bucket),
+        allow_delayed_open=True,  # one request for a small file instead of the three of an upload in parts
+        connect_timeout=10,
+        request_timeout=30,  # without a byte; the default of 3 s is what a busy store takes
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+    )
 
 
 _UMASK = os.umask(0)

@@ -130,6 +130,7 @@ class Recipe(Config):
     shuffle_window: int | None = Field(default=None, gt=0, description="shards mixed at a time; all unless given")
     cache: Cache = Field(default="auto", description="where tiles stay once read; auto: the quickest that fits")
     workers: int = Field(default=1, gt=0)
+    min_workers: int | None = Field(default=None, gt=0, description="go on with as few while hosts are away")
     trace: bool = Field(default=False, description="write the tile ids of every step and rank, for audits")
 
     @property
@@ -138,7 +139,7 @@ class Recipe(Config):
         return f"{self.runs.rstrip('/')}/{self.name}"
 
 
-RESUMABLE = frozenset({"workers", "checkpoint", "runs", "trace", "cache"})
+RESUMABLE = frozenset({"workers", "min_workers", "checkpoint", "runs", "trace", "cache"})
 """Top-level recipe keys that may differ when a run is resumed; any other change would make it another run."""
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.object_store import ObjectStore, object_store
+
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 
@@ -29,6 +31,15 @@ def ray_session() -> Iterator[None]:
 
     with session(cpus=4):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[ObjectStore]:
+    """An S3 service on loopback that can be told to fail."""
+    with object_store() as store:
+        need(store, "moto's server is not installed")
+        assert store
+        yield store
 
 
 @pytest.fixture(scope="session")

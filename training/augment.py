@@ -60,6 +60,15 @@ def augment(pixels: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
     return pixels
 
 
+def blend(pixels: Tensor, partners: Tensor, share: Tensor) -> Tensor:
+    """Mixup's tiles, uint8 ``[B, 3, H, W]`` as both that they are made of; ``share`` float32 ``[B]`` is that of
+    ``pixels``.
+
+    Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018.
+    """
+    return torch.lerp(partners.float(), pixels.float(), share.view(-1, 1, 1, 1)).round_().to(torch.uint8)
+
+
 def symmetries(pixels: Tensor, keys: Tensor) -> Tensor:
     """Each tile in one of the eight positions of a square (D4), as a view from above has no upper side.
 

@@ -33,7 +33,8 @@ class Batch:
     """A rank's part of one global batch.
 
     ``pixels`` uint8 ``[b, 3, size, size]``, ``labels`` int64 ``[b]``, ``keys`` int64 ``[b]``; ``global_count`` is the
-    number of tiles in the global batch, ``waited`` the seconds that the consumer stood still for it.
+    number of tiles in the global batch, ``waited`` the seconds that the consumer stood still for it. ``partners`` are
+    the tiles that mixup adds to those of the batch, one to each.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Batch:
     positions: Positions
     global_count: int
     waited: float = 0.0
+    partners: Batch | None = None
 
 
 class RankLoader:
@@ -80,7 +82,11 @@ class RankLoader:
 
     def _batch(self, epoch: Epoch, step: int) -> Batch:
         positions, keys = epoch.share(step, self.rank, self.world_size)
-        return self._load(step, positions, keys, len(epoch.batch(step)))
+        batch = self._load(step, positions, keys, len(epoch.batch(step)))
+        if not epoch.sampler.pairs:
+            return batch
+        positions, keys = epoch.partners(step, self.rank, self.world_size)
+        return replace(batch, partners=self._load(step, positions, keys, batch.global_count))
 
     def _load(self, step: int, positions: Positions, keys: UInt64 | None, global_count: int) -> Batch:
         pixels = self.tiles.load(positions)

@@ -26,6 +26,7 @@ from configs.schema import Recipe
 from training import checkpoint
 from training.bundle import BundleInfo, save_bundle
 from training.calibrate import calibrate
+from training.determinism import deterministic
 from training.learner import Learner
 from training.loader import Batch, RankLoader
 from training.optim import rate
@@ -36,23 +37,40 @@ from training.shards import Index, TileReader, fingerprint, load_index
 LOG_STEPS = 10
 """Steps between two updates of the status; the losses of the steps are reduced over ranks together."""
 
+NOTICE_SECONDS = 5.0
+"""Least time between two looks for a notice that a worker's host is about to go."""
+
 
 class Trainer:
-    """One rank's part of a run; ``report`` is called on every rank after each epoch with its row of metrics."""
+    """One rank's part of a run; ``report`` is called on every rank after each epoch with its row of metrics.
 
-    def __init__(self, recipe: Recipe, device: torch.device, report: Callable[[dict[str, Any]], None] | None = None):
+    ``command`` is the mark of the command that it works for, see :class:`training.checkpoint.Claim`. ``notice`` says
+    whether a host is about to go, the same on every rank, which all call it together; a checkpoint is saved then.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        report: Callable[[dict[str, Any]], None] | None = None,
+        command: str | None = None,
+        notice: Callable[[], bool] | None = None,
+    ):
         self.recipe = recipe
         self.device = device
         self.report = report
+        self.notice = notice
+        self.noticed, self.looked = False, time.monotonic()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.claim = checkpoint.Claim(recipe.run, command) if self.rank == 0 else None
         self.index: Index = load_index(recipe.shards)
         train, val = TileReader(recipe.shards, "train"), TileReader(recipe.shards, "val")
         self.train_loader, self.val_loader = (
             RankLoader(tiles, self.index.tile_size, self.rank, self.world_size, device=device, cache=recipe.cache)
             for tiles in (train, val)
         )
-        self.sampler = Sampler(len(train), recipe.batch_size, recipe.seed)
+        self.sampler = Sampler.of(recipe, self.index)
         start = self._checkpoint()
         labels = torch.from_numpy(train.labels.astype("int64"))
         self.learner = Learner(recipe, self.index, labels, device, fresh=start is None)
@@ -73,9 +91,10 @@ class Trainer:
 
     def fit(self) -> None:
         """Train from where the run stands to its last epoch, or until it has stopped getting better."""
-        while self.progress.epoch < self.recipe.epochs and not self._is_exhausted():
-            self._train_epoch()
-            self._end_epoch(self._validate())
+        with deterministic(self.recipe.deterministic):
+            while self.progress.epoch < self.recipe.epochs and not self._is_exhausted():
+                self._train_epoch()
+                self._end_epoch(self._validate())
         if self.status:
             calibrate(storage.join(self.recipe.run, "bundle"), self.recipe.shards, self.device)
             self.status.update(planned_tiles=self._done_tiles())
@@ -96,14 +115,18 @@ class Trainer:
                 self._trace(batch)
             last = progress.step == self.sampler.steps
             due = progress.step % self.recipe.checkpoint.every_steps == 0 and not last
-            if progress.step % LOG_STEPS == 0 or last or due:
-                self._log(pending)
-            if due:
+            noticed = (progress.step % LOG_STEPS == 0 or last or due) and self._log(pending)
+            if due or (noticed and not last):
                 self._save()
 
-    def _log(self, pending: Pending) -> None:
-        """Reduce what happened since the last time over all ranks and tell the status."""
-        losses, correct = pending.reduce(self.device)
+    def _log(self, pending: Pending) -> bool:
+        """Reduce what happened since the last time over all ranks and tell the status.
+
+        Returns whether there is a new notice. Rank 0's clock says when to look for one, and says so in the sums that
+        are shared anyway: looking costs a call to Ray, and all ranks must do it at the same step.
+        """
+        look = self.rank == 0 and self.notice is not None and time.monotonic() - self.looked > NOTICE_SECONDS
+        losses, correct, look = pending.reduce(self.device, look)
         self.progress.losses += losses
         self.progress.correct += correct
         self.progress.seen += pending.seen
@@ -122,6 +145,10 @@ class Trainer:
                 loss=losses[-1],
                 seconds_by_stage={"wait": self.progress.waited, "train": self.progress.seconds},
             )
+        if not (look and self.notice):
+            return False
+        before, self.noticed, self.looked = self.noticed, self.notice(), time.monotonic()
+        return self.noticed and not before
 
     def _validate(self) -> tuple[float, float]:
         """Mean loss and accuracy over the val split, each tile once over all ranks; NaN where it is empty."""
@@ -152,7 +179,8 @@ class Trainer:
             "losses": progress.losses,
         }
         after = progress.after_epoch(val_loss, val_accuracy, self.recipe.schedule.patience)
-        if self.rank == 0:
+        if self.claim:
+            self.claim.check()
             records.append_metrics(self.recipe.run, row)
             if not after.epochs_since_best:
                 self._save_bundle(row)
@@ -180,7 +208,8 @@ class Trainer:
         save_bundle(storage.join(self.recipe.run, "bundle"), self.learner.best, info)
 
     def _save(self) -> None:
-        if self.rank == 0:
+        if self.claim:
+            self.claim.check()
             step = self.progress.epoch * self.sampler.steps + self.progress.step
             state = self.learner.state() | {"progress": vars(self.progress)}
             checkpoint.save(self.recipe.run, state, step=step, keep=self.recipe.checkpoint.keep)
@@ -211,7 +240,8 @@ class Trainer:
 
     def _trace(self, batch: Batch) -> None:
         ids = [self.train_loader.reader.tile_ids[position] for position in batch.positions]
-        line = {"epoch": self.progress.epoch, "step": batch.step, "rank": self.rank, "tiles": ids}
+        share = {"rank": self.rank, "workers": self.world_size, "tiles": ids}
+        line = {"epoch": self.progress.epoch, "step": batch.step} | share
         with open(storage.join(self.recipe.run, f"trace-rank-{self.rank}.jsonl"), "a") as file:  # noqa: PTH123
             file.write(json.dumps(line) + "\n")
 

@@ -131,7 +131,7 @@ def tilenet(classes: int, tile_size: int, width: float = 32, dropout: float = 0.
     and 10 classes it has 1.2 million parameters and takes 48 million multiply-adds (95 MFLOP) for a tile of 64 pixels.
 
     Batch normalisation (Ioffe and Szegedy 2015) takes its statistics over the tiles of one worker: results depend a
-    little on the number of workers, unless the layers are converted to ``nn.SyncBatchNorm``.
+    little on the number of workers, unless the recipe sets ``sync_batch_norm``.
     """
     _require("tilenet", tile_size, least=8)
     if width < 1 or width != int(width):

@@ -64,10 +64,14 @@ class Pending:
         self.correct.append(correct)
         self.seen += global_count
 
-    def reduce(self, device: torch.device) -> tuple[list[float], int]:
-        """The loss of each step and the right answers of all, summed over ranks (every rank must call it)."""
-        sums = torch.stack([*self.losses, torch.stack(self.correct).sum()]).to(device, torch.float64)
+    def reduce(self, device: torch.device, wish: bool = False) -> tuple[list[float], int, bool]:
+        """The loss of each step and the right answers of all, summed over ranks (every rank must call it).
+
+        Last comes whether any rank had a ``wish``, on which all can then act together.
+        """
+        wished = torch.tensor(float(wish), device=device)
+        sums = torch.stack([*self.losses, torch.stack(self.correct).sum(), wished]).to(device, torch.float64)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
-        *losses, correct = sums.tolist()
-        return losses, round(correct)
+        *losses, correct, wishes = sums.tolist()
+        return losses, round(correct), wishes > 0

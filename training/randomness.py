@@ -38,15 +38,25 @@ def keys(seed: int, *path: int, count: int) -> UInt64:
     return mix(state ^ np.arange(count, dtype=np.uint64))
 
 
-def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    """The order of ``count`` tiles in ``epoch``: int64 ``[count]``, each position once."""
-    return np.argsort(keys(seed, epoch, count=count), kind="stable").astype(np.int64)
+def permutation(seed: int, *path: int, count: int) -> npt.NDArray[np.int64]:
+    """An order of ``count`` things for the place named by ``seed`` and ``path``: int64 ``[count]``, each once."""
+    return np.argsort(keys(seed, *path, count=count), kind="stable").astype(np.int64)
 
 
 def uniform(tile_keys: Tensor, purpose: str) -> Tensor:
     """One float32 in [0, 1) for each key (int64 ``[B]``), independent for each ``purpose``."""
     numbers = _mix32(_fold(tile_keys) ^ _fold(torch.tensor(zlib.crc32(purpose.encode()))))
     return numbers.to(torch.float32) * (1 / NUMBERS)
+
+
+def symmetric_beta(tile_keys: Tensor, purpose: str, alpha: float) -> Tensor:
+    """One float32 in 0..1 of the distribution Beta(alpha, alpha) for each key (int64 ``[B]``).
+
+    Devroye, "Non-uniform random variate generation", 1986, section IX.4.4: two uniform numbers make one, for any alpha.
+    """
+    radius = (1 - uniform(tile_keys, f"{purpose} radius").double()).pow(-1 / alpha) - 1
+    cosine = (2 * math.pi * uniform(tile_keys, f"{purpose} angle").double()).cos()
+    return (0.5 + 0.5 * cosine.sign() / (1 + 1 / (radius * cosine.square())).sqrt()).float()
 
 
 class TileDropout(nn.Module):

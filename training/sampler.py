@@ -11,18 +11,43 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from configs.schema import Recipe
 from training.randomness import UInt64, keys, permutation
+from training.shards import Index
 
 Positions = npt.NDArray[np.int64]
 
 
+_AUGMENT, _PARTNERS, _WINDOWS = 1, 2, 3
+"""What a key is for, at the end of its path, so that no two uses share one."""
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """The training order of ``tiles`` tiles in global batches of ``batch_size``; an epoch's last may be smaller."""
+    """The training order of ``tiles`` tiles in global batches of ``batch_size``; an epoch's last may be smaller.
+
+    With a ``window`` the tiles of that many shards are mixed at a time, and the shards in each epoch anew; ``shards``
+    is the tiles of each, in the order of the set. With ``pairs`` each tile has a partner for mixup.
+    """
 
     tiles: int
     batch_size: int
     seed: int
+    window: int | None = None
+    shards: tuple[int, ...] = ()
+    pairs: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe, index: Index) -> Sampler:
+        """The training order of a recipe on its shard set."""
+        return cls(
+            index.tiles("train"),
+            recipe.batch_size,
+            recipe.seed,
+            recipe.shuffle_window,
+            tuple(shard.tiles for shard in index.splits.get("train", [])),
+            recipe.augment.mixup > 0,
+        )
 
     @property
     def steps(self) -> int:
@@ -31,7 +56,11 @@ class Sampler:
 
     def epoch(self, epoch: int) -> Epoch:
         """The order of one epoch."""
-        return Epoch(self, epoch, permutation(self.seed, epoch, self.tiles))
+        if self.window is None:
+            return Epoch(self, epoch, permutation(self.seed, epoch, count=self.tiles))
+        place = np.argsort(permutation(self.seed, epoch, 0, _WINDOWS, count=len(self.shards)))
+        window = np.repeat(place // self.window, self.shards)  # of each tile
+        return Epoch(self, epoch, np.lexsort((keys(self.seed, epoch, count=self.tiles), window)).astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -55,7 +84,17 @@ class Epoch:
         """
         batch = self.batch(step)
         part = rank_slice(len(batch), rank, world_size)
-        return batch[part], keys(self.sampler.seed, self.number, step, 1, count=len(batch))[part]
+        return batch[part], self._keys(step, len(batch))[part]
+
+    def partners(self, step: int, rank: int, world_size: int) -> tuple[Positions, UInt64]:
+        """The partner of each tile of :meth:`share`, with its key: the tiles of the global batch in another order."""
+        batch = self.batch(step)
+        order = permutation(self.sampler.seed, self.number, step, _PARTNERS, count=len(batch))
+        order = order[rank_slice(len(batch), rank, world_size)]
+        return batch[order], self._keys(step, len(batch))[order]
+
+    def _keys(self, step: int, count: int) -> UInt64:
+        return keys(self.sampler.seed, self.number, step, _AUGMENT, count=count)
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> slice:

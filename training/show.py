@@ -80,7 +80,7 @@ def augmented_sheet(recipe: Recipe, out: str, *, tiles: int = 8, variants: int =
             raise TilefleetError(f"{recipe.shards}: tile {reader.tile_ids[position]}: {error}")
     columns = [pixels]
     for epoch in range(variants):
-        keys = _training_keys(Sampler(len(reader), recipe.batch_size, recipe.seed).epoch(epoch), chosen)
+        keys = _training_keys(Sampler.of(recipe, index).epoch(epoch), chosen)
         columns.append(augment(pixels, keys, recipe.augment))
     names = [index.classes[label] for label in reader.labels[chosen]]
     frames = [

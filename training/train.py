@@ -15,13 +15,17 @@ from typing import Any
 import yaml
 
 from cluster import records, storage
-from cluster.session import available_cpus, available_gpus, session
+from cluster.session import by_host, session
 from configs.errors import TilefleetError, UsageError
 from configs.schema import RESUMABLE, Recipe, validate
+from training import checkpoint
 from training.shards import Index, load_index
 
 MAX_FAILURES = 3
-"""Times that Ray restarts the workers of a run before it is given up."""
+"""Times that Ray restarts the workers of a run before it is given up; hosts that go after a notice do not count."""
+
+RESIZE_SECONDS = 10.0
+"""Time between two looks for hosts that came back, where a run goes on without them; a look costs one call."""
 
 Follow = Callable[[records.Status], None]
 
@@ -44,7 +48,8 @@ def train(recipe: Recipe, *, resume: bool = False, follow: Follow | None = None)
         storage.write_bytes(
             storage.join(recipe.run, "config.yaml"), yaml.safe_dump(recipe.model_dump(mode="json")).encode()
         )
-        _fit(recipe, layout, follow)
+        command = checkpoint.claim(recipe.run)
+        _fit(recipe, layout, command, follow)
     status = records.read_status(recipe.run)
     if status is None or status.state != "done":
         raise TilefleetError(f"{recipe.run}: the workers ended without finishing the run; resume it with --resume")
@@ -58,6 +63,12 @@ def check(recipe: Recipe, index: Index) -> None:
         raise UsageError(f"batch_size: {recipe.batch_size} is more than the {tiles} training tiles of {recipe.shards}")
     if recipe.workers > recipe.batch_size:
         raise UsageError(f"workers: {recipe.workers} is more than the batch_size of {recipe.batch_size}")
+    if recipe.min_workers and recipe.min_workers > recipe.workers:
+        raise UsageError(f"min_workers: {recipe.min_workers} is more than workers, {recipe.workers}")
+    if recipe.trace and storage.is_uri(recipe.run):
+        raise UsageError(
+            f"trace: is written line by line, which object storage cannot do; {recipe.runs} must be a folder"
+        )
     import torch
 
     from training import models
@@ -85,36 +96,53 @@ def _claim(recipe: Recipe, *, resume: bool) -> records.Status | None:
 
 
 def _layout(recipe: Recipe) -> dict[str, Any]:
-    """Resources of each worker: a GPU where the cluster has them, otherwise an equal share of the CPUs."""
-    gpus, cpus = available_gpus(), available_cpus()
-    have, unit = (gpus, "GPUs") if gpus else (cpus, "CPUs")
-    if recipe.workers > have:
-        raise UsageError(f"workers: {recipe.workers} asked for, the cluster has {have} {unit}")
-    if gpus:
-        return {"use_gpu": True, "resources_per_worker": {"GPU": 1, "CPU": 1}}
-    return {"use_gpu": False, "resources_per_worker": {"CPU": cpus // recipe.workers}}
+    """Workers and the resources of each: a GPU where the cluster has them, otherwise an equal share of the CPUs."""
+    gpus, cpus = by_host("GPU"), by_host("CPU")
+    have, unit = (sum(gpus), "GPUs") if any(gpus) else (sum(cpus), "CPUs")
+    least = recipe.min_workers or recipe.workers
+    if least > have:
+        key = "min_workers" if recipe.min_workers else "workers"
+        raise UsageError(f"{key}: {least} asked for, the cluster has {have} {unit}")
+    workers = {"num_workers": (least, recipe.workers) if recipe.min_workers else recipe.workers}
+    if any(gpus):
+        return workers | {"use_gpu": True, "resources_per_worker": {"GPU": 1, "CPU": 1}}
+    return workers | {"use_gpu": False, "resources_per_worker": {"CPU": cpu_share(cpus, min(recipe.workers, have))}}
 
 
-def _fit(recipe: Recipe, layout: dict[str, Any], follow: Follow | None) -> None:
+def cpu_share(hosts: list[int], workers: int) -> int:
+    """The most CPUs that each of ``workers`` can have when no worker spans hosts of so many CPUs."""
+    return next(share for share in range(max(hosts), 0, -1) if sum(cpus // share for cpus in hosts) >= workers)
+
+
+def _fit(recipe: Recipe, layout: dict[str, Any], command: str, follow: Follow | None) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     records.clear_failure(recipe.run)
+    filesystem, path = storage.filesystem(recipe.run)  # Ray's own would know neither our tries nor one-request writes
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json")},
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "command": command},
         torch_config=TorchConfig(backend="nccl" if layout["use_gpu"] else "gloo"),
-        scaling_config=ScalingConfig(num_workers=recipe.workers, **layout),
+        scaling_config=ScalingConfig(**layout, elastic_resize_monitor_interval_s=RESIZE_SECONDS),
         run_config=RunConfig(
-            name="ray", storage_path=recipe.run, failure_config=FailureConfig(max_failures=MAX_FAILURES)
+            name="ray",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES, max_preemption_failures=-1),
         ),
     )
+    failure = None
     with _following(recipe.run, follow):
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            records.write_failure(recipe.run, _last_line(error))
+            failure = _last_line(error)
+    if not checkpoint.is_current(recipe.run, command):
+        raise TilefleetError(f"{recipe.run}: another command has taken over this run; this one has stopped")
+    if failure and not records.read_failure(recipe.run):
+        records.write_failure(recipe.run, failure)
     if line := records.read_failure(recipe.run):
         records.mark_failed(recipe.run, line)
         raise TilefleetError(line)
@@ -128,16 +156,25 @@ def _worker(config: dict[str, Any]) -> None:
 
     from training.loop import Trainer
 
-    recipe = Recipe.model_validate(config["recipe"])
+    recipe, command = Recipe.model_validate(config["recipe"]), config["command"]
+    if not checkpoint.is_current(recipe.run, command):
+        return
     if records.read_failure(recipe.run):  # Ray restarts workers after any error, but this one it cannot mend
         return
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, math.floor(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     try:
-        Trainer(recipe, device, report=ray.train.report).fit()
+        Trainer(
+            recipe,
+            device,
+            report=ray.train.report,
+            command=command,
+            notice=lambda: ray.train.get_preemption_info() is not None,
+        ).fit()
     except TilefleetError as error:
-        records.write_failure(recipe.run, str(error))
+        if checkpoint.is_current(recipe.run, command):
+            records.write_failure(recipe.run, str(error))
         raise
 
 
@@ -150,9 +187,9 @@ def _following(run: str, follow: Follow | None) -> Iterator[None]:
     ended = threading.Event()
 
     def poll() -> None:
-        shown, over = 0.0, False
+        shown, over, wait = 0.0, False, 5.0 if storage.is_uri(run) else 0.5  # each look at a store costs requests
         while not over:
-            over = ended.wait(0.5)
+            over = ended.wait(wait)
             status = records.read_status(run)
             if status and status.updated > shown:
                 shown = status.updated

@@ -44,18 +44,3 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_an_unknown_scheme_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="nosuch://x"):
         storage.exists("nosuch://x/y")
-
-
-def test_remote_operations_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
-    tries: list[int] = []
-
-    def flaky() -> str:
-        tries.append(1)
-        if len(tries) < storage.ATTEMPTS:
-            raise OSError("503 slow down")
-        return "done"
-
-    assert storage._retry(flaky) == "done"
-    with pytest.raises(OSError, match="always"):
-        storage._retry(lambda: (_ for _ in ()).throw(OSError("always")))

@@ -24,9 +24,9 @@ EVERYTHING = AugmentConfig(
     hue=0.2,
     erasing=0.5,
 )
-SINGLY = [AugmentConfig(**{name: value}) for name, value in EVERYTHING.model_dump(exclude={"flips"}).items()] + [
-    AugmentConfig(flips=True)
-]
+SINGLY = [
+    AugmentConfig(**{name: value}) for name, value in EVERYTHING.model_dump(exclude={"flips", "mixup"}).items()
+] + [AugmentConfig(flips=True)]
 
 
 def named(config: AugmentConfig) -> str:
@@ -195,6 +195,16 @@ def test_erasing_takes_its_share_of_tiles_and_of_their_area() -> None:
 def test_every_tile_is_erased_where_the_probability_is_one() -> None:
     out = augment(torch.zeros(500, 3, 4, 4, dtype=torch.uint8), tile_keys(500), AugmentConfig(erasing=1))
     assert (out.flatten(1).amax(1) == stages.ERASED_VALUE).all()
+
+
+def test_blend_is_the_share_of_both_tiles() -> None:
+    a, b = random_tiles(3, seed=1), random_tiles(3, seed=2)
+    share = torch.tensor([1.0, 0.0, 0.3])
+    mixed = stages.blend(a, b, share)
+    assert torch.equal(mixed[:2], torch.stack([a[0], b[1]]))
+    assert (mixed[2].float() - (0.3 * a[2] + 0.7 * b[2])).abs().max() <= 0.5001
+    for i in range(3):
+        assert torch.equal(stages.blend(a[i : i + 1], b[i : i + 1], share[i : i + 1])[0], mixed[i])
 
 
 def sample(pixels: Tensor, source: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def test_stopped_and_resumed_is_equal_to_the_bit(small_recipe: dict[str, Any]) -
 def test_any_number_of_workers_trains_the_same_model(small_recipe: dict[str, Any]) -> None:
     """Batches of 16 over 3 workers are uneven, and the last one of an epoch is smaller still."""
     workers = 3
-    one, more = recipe(small_recipe, name="one", trace=True), recipe(small_recipe, name="more", trace=True)
+    keys = small_recipe | {"augment": {"symmetries": True, "mixup": 0.4}, "shuffle_window": 2, "trace": True}
+    one, more = recipe(keys, name="one"), recipe(keys, name="more")
     Trainer(one, CPU).fit()
     file = Path(more.runs) / "more.json"
     file.write_text(more.model_dump_json())

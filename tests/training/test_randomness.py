@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import nn
 
-from training.randomness import TileDropout, keys, mix, replace_dropout, set_tile_keys, uniform
+from training.randomness import TileDropout, keys, mix, replace_dropout, set_tile_keys, symmetric_beta, uniform
 
 
 def tile_keys(count: int, step: int = 0) -> torch.Tensor:
@@ -19,6 +23,29 @@ def test_uniform_is_uniform_and_independent_between_purposes() -> None:
     assert abs(a.mean() - 0.5) < 0.01
     assert abs(a.std() - 12**-0.5) < 0.01
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("alpha", "below"),
+    [
+        (0.5, lambda x: 2 / math.pi * math.asin(math.sqrt(x))),
+        (1, lambda x: x),
+        (2, lambda x: 3 * x**2 - 2 * x**3),
+    ],
+)
+def test_symmetric_beta_has_its_distribution(alpha: float, below: Callable[[float], float]) -> None:
+    values = symmetric_beta(tile_keys(20_000), "mixup", alpha)
+    for x in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
+        assert float((values < x).float().mean()) == pytest.approx(below(x), abs=0.015)
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.01, 1e3])
+def test_symmetric_beta_stays_between_nought_and_one_for_any_alpha(alpha: float) -> None:
+    values = symmetric_beta(tile_keys(20_000), "mixup", alpha)
+    assert values.isfinite().all()
+    assert values.min() >= 0
+    assert values.max() <= 1
+    assert float(values.mean()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_mix_has_no_collision_on_neighbours() -> None:
