@@ -106,10 +106,11 @@ def test_a_failed_write_keeps_the_old_file(bucket: str) -> None:
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(bucket: str) -> None:
-    target, versions = storage.join(bucket, "status.json"), [b"{}", b'{"much": "longer"}' * 100]
+    target = storage.join(bucket, "status.json")
+    versions = [f"{number} ".encode() * (1 + number % 2 * 300) for number in range(200)]  # each once, as with a clock
     storage.write_bytes(target, versions[0])
     with ThreadPoolExecutor(1) as pool:
-        written = pool.submit(lambda: [storage.write_bytes(target, versions[i % 2]) for i in range(200)])
+        written = pool.submit(lambda: [storage.write_bytes(target, version) for version in versions])
         while not written.done():
             assert storage.read_bytes(target) in versions
     written.result()
