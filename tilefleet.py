@@ -224,7 +224,8 @@ def demo(
     source, shards, predictions = data or f"{out}/raw", f"{out}/shards", f"{out}/predictions"
     configs = Path(__file__).parent / "configs"
     recipe = load_recipe(
-        configs / ("eurosat_cnn.yaml" if data else "demo.yaml"), [f"shards={shards}", f"runs={out}/runs"]
+        configs / ("eurosat_cnn.yaml" if data else "demo.yaml"),
+        [f"shards={shards}", f"runs={out}/runs", f"epochs={12 if data else 6}"],
     )
     if storage.exists(f"{shards}/{INDEX}"):  # an earlier demo that was stopped goes on
         if load_index(shards).packed["source"] != Path(source).name.removesuffix(".zip"):

@@ -27,6 +27,7 @@ from configs.errors import TilefleetError, UsageError
 from configs.schema import CheckpointConfig, Recipe
 from tests.hosts import ENVIRONMENT, Host, are_possible, two_hosts
 from tests.object_store import ObjectStore
+from tests.processes import descendants
 from training import checkpoint, loop
 from training.loop import Trainer
 from training.train import RESIZE_SECONDS, cpu_share, train
@@ -280,24 +281,6 @@ def wait_for(happened: Callable[[], object], seconds: float, process: subprocess
 def share_done(recipe: Recipe) -> float:
     status = records.read_status(recipe.run)
     return status.done_tiles / status.planned_tiles if status else 0.0
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Processes that ``pid`` started, and those that they started: id -> command line."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat, line = (entry / "stat").read_text(), (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-            names[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace").strip()
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {child: names[child] for child in found - {pid}}
 
 
 def workers(host: Host) -> list[int]:

@@ -16,6 +16,7 @@ import pytest
 from cluster import records
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
+from tests.processes import descendants
 from training.train import train
 
 
@@ -137,14 +138,5 @@ def test_an_error_that_no_restart_can_mend_is_one_line(
 
 
 def _train_workers() -> list[int]:
-    """Process ids of Ray Train's workers, which carry their name as their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if command.startswith(b"ray::") and b"RayTrainWorker" in command:
-                found.append(int(entry.name))
-    return sorted(found)
+    """Process ids of Ray Train's workers below this process; they carry their name as their command line."""
+    return sorted(pid for pid, name in descendants(os.getpid()).items() if "::RayTrainWorker" in name)
