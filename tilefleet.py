@@ -225,7 +225,7 @@ def demo(
     configs = Path(__file__).parent / "configs"
     recipe = load_recipe(
         configs / ("eurosat_cnn.yaml" if data else "demo.yaml"),
-        [f"shards={shards}", f"runs={out}/runs", f"epochs={12 if data else 6}"],
+        [f"shards={shards}", f"runs={out}/runs", *(["epochs=12"] if data else [])],
     )
     if storage.exists(f"{shards}/{INDEX}"):  # an earlier demo that was stopped goes on
         if load_index(shards).packed["source"] != Path(source).name.removesuffix(".zip"):
