@@ -251,13 +251,17 @@ def main(arguments: list[str]) -> None:
     import os
 
     from configs.schema import load_recipe
+    from training.train import check, find_run, write_config
 
     recipe = load_recipe(arguments[0], arguments[1:])
+    check(recipe, load_index(recipe.shards))
+    if os.environ.get("RANK", "0") == "0":
+        find_run(recipe, resume=True)
+        write_config(recipe)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")
-    storage.make_dirs(recipe.run)
     try:
         Trainer(recipe, device, report=lambda row: print(json.dumps(row))).fit()
     finally:

@@ -21,6 +21,8 @@ from configs.schema import RESUMABLE, Recipe, validate
 from training import checkpoint
 from training.shards import Index, load_index
 
+CONFIG = "config.yaml"
+
 MAX_FAILURES = 3
 """Times that Ray restarts the workers of a run before it is given up; hosts that go after a notice do not count."""
 
@@ -40,14 +42,12 @@ def train(recipe: Recipe, *, resume: bool = False, follow: Follow | None = None)
         update={"shards": storage.absolute(recipe.shards), "runs": storage.absolute(recipe.runs)}
     )
     check(recipe, load_index(recipe.shards))
-    finished = _claim(recipe, resume=resume)
+    finished = find_run(recipe, resume=resume)
     if finished:
         return finished
     with session():
         layout = _layout(recipe)
-        storage.write_bytes(
-            storage.join(recipe.run, "config.yaml"), yaml.safe_dump(recipe.model_dump(mode="json")).encode()
-        )
+        write_config(recipe)
         command = checkpoint.claim(recipe.run)
         _fit(recipe, layout, command, follow)
     status = records.read_status(recipe.run)
@@ -77,9 +77,12 @@ def check(recipe: Recipe, index: Index) -> None:
         models.build(recipe.model.name, len(index.classes), index.tile_size, **recipe.model.arguments)
 
 
-def _claim(recipe: Recipe, *, resume: bool) -> records.Status | None:
-    """Make sure that the run's folder is free or holds this very run; its status where it is already finished."""
-    location = storage.join(recipe.run, "config.yaml")
+def find_run(recipe: Recipe, *, resume: bool) -> records.Status | None:
+    """Make sure that the run's folder is free or holds this very run; its status where it is already finished.
+
+    Raises :class:`UsageError` where the folder holds anything else.
+    """
+    location = storage.join(recipe.run, CONFIG)
     if not storage.exists(location):
         if storage.list_files(recipe.run):
             raise UsageError(f"{recipe.run}: the folder holds something else; choose another name or runs folder")
@@ -93,6 +96,11 @@ def _claim(recipe: Recipe, *, resume: bool) -> records.Status | None:
         raise UsageError(f"{recipe.run}: cannot be resumed with another {', '.join(changed)}; choose another name")
     status = records.read_status(recipe.run)
     return status if status and status.state == "done" else None
+
+
+def write_config(recipe: Recipe) -> None:
+    """Leave ``recipe`` in its run, which makes the folder a run."""
+    storage.write_bytes(storage.join(recipe.run, CONFIG), yaml.safe_dump(recipe.model_dump(mode="json")).encode())
 
 
 def _layout(recipe: Recipe) -> dict[str, Any]:
