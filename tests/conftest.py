@@ -103,6 +103,18 @@ def bundle(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def calibrated(bundle: Path, shards: Path, tmp_path: Path) -> str:
+    """A copy of ``bundle`` that is calibrated on ``shards``."""
+    import torch
+
+    from training.calibrate import calibrate
+
+    copy = str(shutil.copytree(bundle, tmp_path / "calibrated"))
+    calibrate(copy, str(shards), torch.device("cpu"))
+    return copy
+
+
+@pytest.fixture
 def small_recipe(shards: Path, tmp_path: Path) -> dict[str, object]:
     """The keys of a recipe that trains in seconds."""
     return {

@@ -234,11 +234,16 @@ def test_a_bundle_made_for_other_classes(run: Run, bundle: Path, raw: Path, tmp_
     one_line(err, "other classes")
 
 
-def test_evaluate_says_how_well_unknown_works(run: Run, bundle: Path, shards: Path, raw: Path, tmp_path: Path) -> None:
-    code, out, _ = run("evaluate", bundle, shards, "--foreign", raw, "-o", tmp_path / "out")
+def test_evaluate_says_how_well_unknown_works(
+    run: Run, calibrated: str, bundle: Path, shards: Path, raw: Path, tmp_path: Path
+) -> None:
+    code, _, err = run("evaluate", bundle, shards, "--foreign", raw, "-o", tmp_path / "out")
+    assert code == 2
+    one_line(err, "was not calibrated")
+    code, out, _ = run("evaluate", calibrated, shards, "--foreign", raw, "-o", tmp_path / "out")
     assert code == 0
     one_line(out, "unknown: AUROC 0.", "of 24 foreign images")
-    code, _, err = run("evaluate", bundle, shards, "--foreign", tmp_path / "none", "-o", tmp_path / "out")
+    code, _, err = run("evaluate", calibrated, shards, "--foreign", tmp_path / "none", "-o", tmp_path / "out")
     assert code == 2
     one_line(err, tmp_path / "none")
 

@@ -25,8 +25,9 @@ from inference import archive, sink
 from inference.report import EXAMPLES_OF_A_CLASS, LEAST_CONFIDENT, Tally, report
 from tests.page import Page
 from training import models
-from training.bundle import BundleInfo, save_bundle
+from training.bundle import BundleInfo, load_bundle, save_bundle, save_calibration
 from training.evaluate import evaluate
+from training.judge import Reference
 from training.pack import pack
 from training.plots import plot_curves
 
@@ -172,13 +173,17 @@ def test_a_page_about_a_run_shows_scores_curves_and_examples(run: str) -> None:
 def test_a_page_shows_predictions_and_foreign_images_where_there_are_some(run: str) -> None:
     plot_curves([], f"{run}/predictions.png")
     shards = str(Path(run, "../../shards"))
+    judge, info = load_bundle(f"{run}/bundle")
+    width = judge.head.in_features
+    same = Reference(torch.zeros(width), torch.zeros(width, width), torch.zeros(1, width))  # all at a distance of 0
+    save_calibration(f"{run}/bundle", info, 1.0, same, 1.0)
     evaluate(f"{run}/bundle", shards, device="cpu", foreign=str(Path(run, "../../raw")))
 
     page = Page(report(run))
 
     page.assert_self_contained()
     assert sum(alt.startswith("The same tiles twice") for alt in page.alts) == 1
-    assert sum(alt.startswith("Histogram of the scores") for alt in page.alts) == 1
+    assert sum(alt.startswith("Histogram of how far") for alt in page.alts) == 1
     assert "Of 12 images of" in page.text
     assert "0.0% are flagged as unknown, and of the test tiles 0.00%" in page.text
     assert "in 50.00% of all pairs (AUROC)" in page.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image
 from configs.errors import TilefleetError, UsageError
 from inference.predictor import Predictor
 from training.bundle import BundleInfo, is_unknown, load_bundle
-from training.calibrate import calibrate, judge_split
+from training.calibrate import judge_split
 from training.evaluate import evaluate
 from training.foreign import auroc, foreign_distances
 from training.images import list_images
@@ -39,13 +38,6 @@ def test_what_is_too_far_or_no_number_is_unknown() -> None:
 
     assert is_unknown(info, distances).tolist() == [True, False, False, True, True]
     assert not is_unknown(info.model_copy(update={"unknown_threshold": None}), distances).any()
-
-
-@pytest.fixture
-def calibrated(bundle: Path, shards: Path, tmp_path: Path) -> str:
-    copy = str(shutil.copytree(bundle, tmp_path / "bundle"))
-    calibrate(copy, str(shards), torch.device("cpu"))
-    return copy
 
 
 def test_evaluation_judges_the_threshold_as_classification_applies_it(
