@@ -74,8 +74,8 @@ def compare(locations: Sequence[str], out: str | None = None) -> str:
     out = out or _default_page(places)
     if storage.is_dir(out):
         raise UsageError(f"{out}: is a folder; name the HTML file to write")
-    bases = [place.rpartition("/")[2] for place in places]
-    names = bases if len(set(bases)) == len(bases) else places
+    above = len(_shared(places))
+    names = ["/".join(storage.absolute(place).split("/")[above:]) for place in places]
     runs = [read_run(place, name) for place, name in zip(places, names, strict=True)]
     storage.write_bytes(out, render("compare.html", **describe(runs)).encode())
     return out
@@ -263,9 +263,14 @@ def _draw(draw: Any) -> str:
 
 def _default_page(places: Sequence[str]) -> str:
     """``compare.html`` in the innermost folder that holds all of ``places``, as a path from here where it is below."""
-    folders = [storage.absolute(place).split("/")[:-1] for place in places]
-    levels = takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
-    shared = "/".join(names[0] for names in levels)
+    shared = "/".join(_shared(places))
     if not shared or shared.endswith(":/"):
         raise UsageError(f"{places[0]} and {places[-1]} share no folder; say where the page goes with `-o page.html`")
     return f"{shared}/compare.html".removeprefix(f"{storage.absolute('.')}/")
+
+
+def _shared(places: Sequence[str]) -> list[str]:
+    """The parts of the path of the innermost folder that holds all of ``places``."""
+    folders = [storage.absolute(place).split("/")[:-1] for place in places]
+    levels = takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
+    return [names[0] for names in levels]
