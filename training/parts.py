@@ -24,10 +24,10 @@ import torch.distributed as dist
 
 from configs.schema import load_recipe
 from training.decode import decode_tiles
-from training.loop import Trainer
+from training.loop import Trainer, set_up
 from training.sampler import Positions, rank_slice
 
-BATCHES = 16
+BATCHES = 64
 """Different batches that the model is given in turn."""
 
 WARM_UP_STEPS = 10
@@ -142,6 +142,7 @@ def _process_group() -> Iterator[torch.device]:
 def main(part: str, recipe: str, out: str) -> None:
     """Measure ``part`` and leave this rank's figures in ``out``."""
     with _process_group() as device:
+        set_up(device)
         trainer = Trainer(load_recipe(recipe), device)
         figures = PARTS[part](trainer)
         Path(out).mkdir(parents=True, exist_ok=True)

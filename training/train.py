@@ -162,7 +162,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from training.loop import Trainer
+    from training.loop import Trainer, set_up
 
     recipe, command = Recipe.model_validate(config["recipe"]), config["command"]
     if not checkpoint.is_current(recipe.run, command):
@@ -170,6 +170,7 @@ def _worker(config: dict[str, Any]) -> None:
     if records.read_failure(recipe.run):  # Ray restarts workers after any error, but this one it cannot mend
         return
     device = ray.train.torch.get_device()
+    set_up(device)
     if device.type == "cpu":
         torch.set_num_threads(max(1, math.floor(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     try:
