@@ -66,7 +66,7 @@ def pack(
             size=size,
             workers=workers,
             skip_damaged=skip_damaged,
-            progress=lambda stage, done, total: show(stage, done, total, ""),
+            progress=show,
         )
     for line in index.packed.get("warnings", []):
         warn(line)
@@ -233,7 +233,7 @@ def demo(
     else:
         if not data:
             with progress_line() as show:
-                write_tiles(source, 300, progress=lambda stage, done, total: show(stage, done, total, ""))
+                write_tiles(source, 300, progress=show)
         pack(source, shards)
     with session():
         recipe = recipe.model_copy(update={"workers": min(recipe.workers, _cpus())})
@@ -269,13 +269,8 @@ def bench(
     if len(shards) > 1:
         raise UsageError(f"bench: one shard set at a time, not {', '.join(shards)}")
     chosen = load_recipe(recipe or Path(__file__).parent / "configs" / "bench.yaml", settings)
-    with progress_line() as show:
-
-        def progress(stage: str, done: int, total: int) -> None:
-            show(stage, done, total, "")
-
-        with prepare(chosen, shards[0] if shards else None, tiles, progress) as prepared:
-            result = (measure_ingest if what == "ingest" else measure_train)(prepared, rounds, progress)
+    with progress_line() as show, prepare(chosen, shards[0] if shards else None, tiles, show) as prepared:
+        result = (measure_ingest if what == "ingest" else measure_train)(prepared, rounds, show)
     print(table(result))
     print(json.dumps(result))
 
@@ -297,7 +292,7 @@ def main() -> None:
 
 
 def _train(recipe: Recipe, resume: bool) -> None:
-    from cluster.records import read_metrics
+    from cluster.records import best_row, read_metrics
     from training.grids import prediction_grids
     from training.plots import plot_curves
     from training.train import train
@@ -315,7 +310,7 @@ def _train(recipe: Recipe, resume: bool) -> None:
     plot_curves(rows, f"{recipe.run}/curves.png", recipe)
     if missing := prediction_grids(recipe, f"{recipe.run}/predictions.png"):
         warn(f"{recipe.run}/predictions.png: without predictions before training ({missing})")
-    best = max(rows, key=lambda row: row["val_accuracy"] or 0.0)
+    best = best_row(rows) or rows[-1]  # the bundle is of the last epoch where none is validated
     accuracy = f"{best['val_accuracy']:.2%}" if best["val_accuracy"] is not None else "not measured"
     print(f"{recipe.run}/bundle: validation accuracy {accuracy}, from epoch {best['epoch']} of {len(rows)}")
 
@@ -331,7 +326,7 @@ def _evaluate(bundle: str, shards: str, split: str, out: str | None, foreign: st
             split=split,
             out=out,
             foreign=foreign,
-            progress=lambda done, total: show("evaluate", done, total, ""),
+            progress=lambda done, total: show("evaluate", done, total),
         )
     width = max(len(name) for name in result["classes"])
     print(f"{'class':{width}}  precision  recall      f1   tiles")
@@ -350,9 +345,7 @@ def _classify(bundle: str, archives: list[str], out: str, settings: list[str]) -
         raise UsageError("classify: no archive given; name tars or folders of tars")
     config = validate(ClassifyConfig, parse_overrides(settings), "classify")
     with progress_line() as show:
-        totals = classify(
-            bundle, archives, out, config, progress=lambda stage, done, total: show(stage, done, total, "")
-        )
+        totals = classify(bundle, archives, out, config, progress=show)
     print(f"{out}: {totals.tiles} tiles, {totals.classified} classified, {totals.errors} errors")
     for bad in totals.bad_archives:
         warn(f"{bad.archive}: {bad.reason}")

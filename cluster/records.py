@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,12 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     if not storage.exists(location):
         return []
     return [json.loads(line) for line in storage.read_bytes(location).decode().splitlines()]
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the best validation accuracy, the first where several are; None where nothing was validated."""
+    judged = [row for row in rows if row.get("val_accuracy") is not None]
+    return max(judged, key=lambda row: float(row["val_accuracy"])) if judged else None
 
 
 def mark_failed(run: str | Path, error: str) -> None:

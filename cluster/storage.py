@@ -132,13 +132,30 @@ def write_bytes(location: str | Path, data: bytes) -> None:
         with _remote(location) as (fs, path), fs.open_output_stream(path) as stream:
             stream.write(data)
         return
+    with writing(location) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(location: str | Path) -> Iterator[IO[bytes]]:
+    """A stream whose bytes make a file as :func:`write_bytes` does: whole behind the block, not at all if it raises.
+
+    For object storage they are kept in a local temporary file until then.
+    """
+    if is_uri(location):
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            with _remote(location) as (fs, path), fs.open_output_stream(path) as stream:
+                shutil.copyfileobj(file, stream, 8 << 20)
+        return
     target = _local(location)
     with clear_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).chmod(0o666 & ~_UMASK)

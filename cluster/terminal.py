@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-Show = Callable[[str, int, int, str], None]
-"""``show(stage, done, total, note)``; what follows a comma in ``stage`` may change from call to call."""
+
+class Show(Protocol):
+    """How work says how far it is."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` in ``stage``, of which what follows a comma may change from call to call."""
 
 
 @contextmanager
@@ -41,7 +45,7 @@ def progress_line() -> Iterator[Show]:
     ) as progress:
         tasks: dict[str, TaskID] = {}
 
-        def show(stage: str, done: int, total: int, note: str) -> None:
+        def show(stage: str, done: int, total: int, note: str = "") -> None:
             kind = stage.partition(",")[0]
             if kind not in tasks:
                 tasks[kind] = progress.add_task(stage, total=total, note=note)

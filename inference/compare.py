@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cluster import storage
-from cluster.records import read_metrics
+from cluster.records import best_row, read_metrics
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe, validate
 from inference.archive import PLAN
@@ -52,8 +52,13 @@ class Run:
     @property
     def best(self) -> dict[str, Any] | None:
         """The row of the best validation accuracy."""
-        judged = [row for row in self.rows if row.get("val_accuracy") is not None]
-        return max(judged, key=lambda row: float(row["val_accuracy"])) if judged else None
+        return best_row(self.rows)
+
+    @property
+    def gap(self) -> float | None:
+        """How much better the last epoch is on what it was trained on than in validation, in accuracy."""
+        train, val = self.rows[-1].get("train_accuracy"), self.rows[-1].get("val_accuracy")
+        return None if train is None or val is None else train - val
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Epochs, and the values of ``key`` at their ends."""
@@ -143,7 +148,6 @@ def _summary(run: Run) -> dict[str, Any]:
     timed = [row for row in run.rows if row.get("seconds") and row.get("tiles_per_second") is not None]
     seconds = sum(row["seconds"] for row in timed)
     judged = run.evaluation or {}
-    train, val = (run.rows[-1].get(f"{part}_accuracy") for part in ("train", "val"))
     epochs, losses = run.curve("val_loss")
     return {
         "name": run.name,
@@ -158,9 +162,9 @@ def _summary(run: Run) -> dict[str, Any]:
         "auroc": judged["foreign"]["auroc"] if judged.get("foreign") else None,
         "tiles_per_second": sum(row["tiles_per_second"] * row["seconds"] for row in timed) / seconds if timed else None,
         "seconds": seconds if timed else None,
-        "train": train,
-        "val": val,
-        "gap": None if train is None or val is None else train - val,
+        "train": run.rows[-1].get("train_accuracy"),
+        "val": run.rows[-1].get("val_accuracy"),
+        "gap": run.gap,
         "least_loss": min(zip(losses, epochs, strict=True), default=None),
         "last_loss": losses[-1] if losses else None,
     }
@@ -221,7 +225,8 @@ def _draw_gaps(runs: Sequence[Run], figure: Figure) -> None:
             if axes is not first:
                 axes.sharey(first)
             _draw_gap(axes, run, quantity)
-            _style(axes, f"{run.name}\n{_gap_in_words(run)}" if row == 0 else "")
+            gap = "" if run.gap is None else f"gap {100 * run.gap:+.1f} points"
+            _style(axes, f"{run.name}\n{gap}" if row == 0 else "")
             if number % BESIDE == 0:
                 axes.set_ylabel(quantity)
         if quantity == "accuracy":
@@ -238,11 +243,6 @@ def _draw_gap(axes: Axes, run: Run, quantity: str) -> None:
         axes.fill_between(both, ours, theirs, where=where, interpolate=True, color=colour, alpha=0.25, linewidth=0)
     axes.plot(list(train), list(train.values()), "--", color="#5b6b7b", label="training")
     axes.plot(list(val), list(val.values()), "-", color=COLOURS[0], label="validation")
-
-
-def _gap_in_words(run: Run) -> str:
-    gap = _summary(run)["gap"]
-    return "" if gap is None else f"gap {100 * gap:+.1f} points"
 
 
 def _style(axes: Axes, title: str) -> None:

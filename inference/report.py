@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 
 from cluster import storage
-from cluster.records import read_metrics, read_status
+from cluster.records import best_row, read_metrics, read_status
 from configs.errors import TilefleetError, UsageError
 from inference import sink
 from inference.archive import PLAN, Chunk, read_chunk, read_plan
@@ -168,7 +168,6 @@ def describe_run(location: str) -> dict[str, Any]:
     bundle = storage.join(location, "bundle")
     evaluation = read_json(storage.join(location, "evaluation", "evaluation.json"))
     rows = read_metrics(location)
-    judged = [row for row in rows if row.get("val_accuracy") is not None]
     right, wrong = _ranked(storage.join(location, "evaluation", "predictions.parquet"), evaluation)
     pictures, gone = _from_shards([*right, *wrong], evaluation)
     return {
@@ -178,7 +177,7 @@ def describe_run(location: str) -> dict[str, Any]:
         "bundle": read_info(bundle) if storage.exists(storage.join(bundle, INFO)) else None,
         "status": read_status(location),
         "rows": rows,
-        "best": max(judged, key=lambda row: float(row["val_accuracy"])) if judged else None,
+        "best": best_row(rows),
         "curves": read_png(storage.join(location, "curves.png")),
         "evaluation": evaluation,
         "predictions": read_png(storage.join(location, "predictions.png")),

@@ -7,7 +7,7 @@ the logits through here too, so that all of them judge the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from training.augment import normalise
 from training.bundle import BundleInfo, judge_pixels, load_bundle, save_calibration
 from training.decode import decode_tiles
 from training.judge import Judge, fit_reference
+from training.sampler import Positions
 from training.shards import TileReader
 
 FALSE_ALARMS = 0.01
@@ -87,14 +88,21 @@ def judge_split(
     judge.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     logits, distances = torch.empty(len(reader), len(info.classes)), torch.empty(len(reader))
     errors: list[str | None] = []
-    for start in range(0, len(reader), batch_size):
-        place = slice(start, min(start + batch_size, len(reader)))
-        pixels, batch_errors = decode_tiles(reader.read(range(place.start, place.stop)), info.tile_size)
+    for place, pixels, batch_errors in _decoded(reader, np.arange(len(reader)), info.tile_size, batch_size):
         logits[place], distances[place] = judge_pixels(judge, info, pixels, device)
         errors += batch_errors
         if progress:
             progress(place.stop, len(reader))
     return logits, distances, errors
+
+
+def _decoded(
+    reader: TileReader, positions: Positions, size: int, batch_size: int
+) -> Iterator[tuple[slice, Tensor, list[str | None]]]:
+    """Batches of the tiles at ``positions``: their place in it, and what :func:`decode_tiles` makes of them."""
+    for start in range(0, len(positions), batch_size):
+        place = slice(start, min(start + batch_size, len(positions)))
+        yield place, *decode_tiles(reader.read(positions[place].tolist()), size)
 
 
 def _features(
@@ -103,12 +111,10 @@ def _features(
     """Features float32 ``[N, features]`` and labels int64 ``[N]`` of up to :data:`REFERENCE_TILES` tiles."""
     chosen = np.linspace(0, len(reader) - 1, min(len(reader), REFERENCE_TILES)).round().astype(np.int64)
     features, labels = [], []
-    for start in range(0, len(chosen), batch_size):
-        positions = chosen[start : start + batch_size]
-        pixels, errors = decode_tiles(reader.read(positions.tolist()), info.tile_size)
+    for place, pixels, errors in _decoded(reader, chosen, info.tile_size, batch_size):
         decoded = torch.tensor([error is None for error in errors])
         with torch.inference_mode():
             found = judge.body(normalise(pixels[decoded].to(device), info.mean, info.std))
         features.append(found.float().cpu())
-        labels.append(torch.from_numpy(reader.labels[positions].astype(np.int64))[decoded])
+        labels.append(torch.from_numpy(reader.labels[chosen[place]].astype(np.int64))[decoded])
     return torch.cat(features), torch.cat(labels)

@@ -6,6 +6,7 @@ anew from the recipe.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -14,7 +15,7 @@ from cluster import storage
 from configs.errors import TilefleetError
 from configs.schema import Recipe
 from training.bundle import BundleInfo, judge_pixels, load_bundle
-from training.decode import decode_tiles
+from training.cache import EncodedTiles
 from training.judge import Judge
 from training.learner import untrained
 from training.shards import TileReader, load_index
@@ -34,11 +35,8 @@ def prediction_grids(recipe: Recipe, out: str) -> str | None:
     index = load_index(recipe.shards)
     split = next((name for name in ("val", "test", "train") if index.tiles(name)), "val")
     reader = TileReader(recipe.shards, split)
-    chosen = choose([index.classes[label] for label in reader.labels], TILES)
-    pixels, errors = decode_tiles(reader.read(chosen), index.tile_size)
-    for position, error in zip(chosen, errors, strict=True):
-        if error is not None:
-            raise TilefleetError(f"{recipe.shards}: tile {reader.tile_ids[position]}: {error}")
+    chosen = np.array(choose([index.classes[label] for label in reader.labels], TILES), dtype=np.int64)
+    pixels = EncodedTiles(reader, index.tile_size, room=0).load(chosen)
     truth = reader.labels[chosen].tolist()
     trained, info = load_bundle(storage.join(recipe.run, "bundle"))
     sheets, missing = [], None

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -256,10 +258,23 @@ def set_up(device: torch.device) -> None:
         torch.set_flush_denormal(True)
 
 
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The device of this process, set up and within the group that ``torchrun`` started, where it did."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    set_up(device)
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def main(arguments: list[str]) -> None:
     """Run a recipe under ``torchrun`` or alone, without Ray."""
-    import os
-
     from configs.schema import load_recipe
     from training.train import check, find_run, write_config
 
@@ -268,16 +283,8 @@ def main(arguments: list[str]) -> None:
     if os.environ.get("RANK", "0") == "0":
         find_run(recipe, resume=True)
         write_config(recipe)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    set_up(device)
-    try:
+    with process_group() as device:
         Trainer(recipe, device, report=lambda row: print(json.dumps(row))).fit()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

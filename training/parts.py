@@ -10,11 +10,9 @@ leaves ``OUT/rank-0.json`` and ``OUT/rank-1.json``. The parts are those of a rea
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +22,7 @@ import torch.distributed as dist
 
 from configs.schema import load_recipe
 from training.decode import decode_tiles
-from training.loop import Trainer, set_up
+from training.loop import Trainer, process_group
 from training.sampler import Positions, rank_slice
 
 BATCHES = 64
@@ -127,22 +125,9 @@ def _batches(trainer: Trainer, positions: Positions) -> Iterator[Positions]:
         yield positions[start : start + size]
 
 
-@contextmanager
-def _process_group() -> Iterator[torch.device]:
-    """The device of this rank, within the group of processes that ``torchrun`` started."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
-
-
 def main(part: str, recipe: str, out: str) -> None:
     """Measure ``part`` and leave this rank's figures in ``out``."""
-    with _process_group() as device:
-        set_up(device)
+    with process_group() as device:
         trainer = Trainer(load_recipe(recipe), device)
         figures = PARTS[part](trainer)
         Path(out).mkdir(parents=True, exist_ok=True)

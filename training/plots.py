@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cluster import storage
+from cluster.records import best_row
 from configs.schema import Recipe
 from training.optim import rate
 
@@ -72,9 +73,7 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: str, recipe: Recipe | None
     rates.set_ylim(bottom=0)
     _plot_epochs(speeds, rows, "tiles_per_second", VALIDATION)
     speeds.set_ylim(bottom=0)
-    judged = [row for row in rows if row.get("val_accuracy") is not None]
-    if judged:
-        best = max(judged, key=lambda row: float(row["val_accuracy"]))
+    if best := best_row(rows):
         accuracies.plot(best["epoch"], best["val_accuracy"], "D", color=ALARM, markersize=7, zorder=4)
         for axes in (losses, accuracies):
             axes.axvline(best["epoch"], color=ALARM, linewidth=1, linestyle=":")

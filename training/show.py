@@ -26,7 +26,8 @@ from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
 from training.augment import augment
-from training.decode import TileError, decode_image, decode_tiles
+from training.cache import EncodedTiles
+from training.decode import TileError, decode_image
 from training.images import Entry, list_images
 from training.sampler import Epoch, Positions, Sampler
 from training.shards import TileReader, load_index
@@ -74,10 +75,7 @@ def augmented_sheet(recipe: Recipe, out: str, *, tiles: int = 8, variants: int =
     chosen = np.array(choose([index.classes[label] for label in reader.labels], tiles), dtype=np.int64)
     if not len(chosen):
         raise TilefleetError(f"{recipe.shards}: no tiles in split 'train'")
-    pixels, errors = decode_tiles(reader.read(chosen.tolist()), index.tile_size)
-    for position, error in zip(chosen, errors, strict=True):
-        if error is not None:
-            raise TilefleetError(f"{recipe.shards}: tile {reader.tile_ids[position]}: {error}")
+    pixels = EncodedTiles(reader, index.tile_size, room=0).load(chosen)
     columns = [pixels]
     for epoch in range(variants):
         keys = _training_keys(Sampler.of(recipe, index).epoch(epoch), chosen)

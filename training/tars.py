@@ -1,14 +1,31 @@
 """What a tar holds, and whether all of it can be reached; nothing is ever extracted.
 
-In goes a seekable stream, out comes a :class:`TarScan`: the place of each member's bytes, and the damage if any.
+In goes a stream, out comes the place of each member's bytes, and the damage if any: one by one with :class:`TarWalk`,
+which needs the memory of one member, or together as a :class:`TarScan`. A plain header, which is nearly every header,
+is read here; from the first other one on (long names, links, extensions) the standard library reads.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO
+from typing import IO, Protocol
+
+MAX_HEADER_BYTES = 1 << 20
+"""Largest extended header that is read: names and attributes, never data."""
+
+_BLOCK = 512
+_NUMBER = rb"(?:[0-7]{7}[ \0]|[0-7]{6} \0)"
+_LONG_NUMBER = rb"([0-7]{11})[ \0]"
+_PLAIN = re.compile(_NUMBER * 3 + _LONG_NUMBER + _LONG_NUMBER + rb"([0-7]{6})(?:\0 | \0)" + rb"0")
+"""Bytes 100 to 157 of a regular file's header (POSIX.1-1988 ustar): mode, owners, size, time, checksum, type."""
+
+_NO_DEVICE = (bytes(16), b"0000000\0" * 2, b"000000 \0" * 2)
+_ENDLESS_NUMBER = re.compile(rb"[0-9]{256}")  # in an extended header, tarfile would search it in quadratic time
 
 
 @dataclass(frozen=True)
@@ -31,47 +48,135 @@ class TarScan:
     damage: str | None
 
 
-def scan_tar(stream: IO[bytes]) -> TarScan:
-    """List the files of a seekable, uncompressed tar without reading their data.
+class Stream(Protocol):
+    """The part of a binary stream that :class:`TarWalk` needs."""
 
-    Unlike stock readers it says so when the tar is cut or a header is damaged, at whatever byte. Members that must
-    not be trusted (links, devices, absolute names, names with ``..``) are listed with ``refused`` set.
+    def read(self, length: int, /) -> bytes:
+        """``length`` bytes, fewer only at the end."""
+
+    def seek(self, place: int, /) -> int:
+        """Go to ``place``; the place where that ended."""
+
+    def tell(self) -> int:
+        """The place of the next byte."""
+
+
+class TarWalk:
+    """The files of an uncompressed tar in their order, to be gone through once; ``damage`` is known after the last.
+
+    ``stream`` stands at the first header and seeks forward, and back within what it read last. Its data are not read,
+    but may be between two members. ``total`` is its size in bytes, None where it is not known: then it is cut short
+    where a seek ends before its aim. Unlike stock readers it says so when the tar is cut or a header is damaged, at
+    whatever byte. Members that must not be trusted (links, devices, absolute names, names with ``..``) have
+    ``refused`` set.
     """
+
+    damage: str | None = None
+
+    def __init__(self, stream: Stream, total: int | None = None) -> None:
+        self._stream = stream
+        self._total = sys.maxsize if total is None else total
+        self._end = 0
+        self._last: str | None = None
+
+    def __iter__(self) -> Iterator[Member]:
+        try:
+            yield from self._plain_members()
+            try:
+                if self._reaches(self._end):
+                    yield from self._other_members()
+            except tarfile.TarError as error:
+                if not self._end:
+                    self.damage = f"not a tar archive, or its first header is damaged ({error})"
+            self.damage = self.damage or self._tail()
+        except (OSError, EOFError, UnicodeError, ValueError, OverflowError, RecursionError) as error:
+            self.damage = f"damaged after byte {self._end} ({error})"
+
+    def _plain_members(self) -> Iterator[Member]:
+        while self._reaches(self._end) and (found := _plain_header(self._stream.read(_BLOCK))):
+            name, size = found
+            offset = self._end + _BLOCK
+            yield self._pass(name, self._end, offset, size, offset + -(-size // _BLOCK) * _BLOCK, _why_unsafe(name))
+
+    def _other_members(self) -> Iterator[Member]:
+        with tarfile.open(fileobj=_Headers(self._stream), mode="r:", encoding="utf-8") as tar:
+            while info := tar.next():
+                if info.size < 0 or info.offset < self._end:  # would be read again and again
+                    self.damage = f"damaged header at byte {info.offset}"
+                    return
+                if info.isdir():
+                    self._end = tar.offset
+                else:  # where the next header stands is not after all of a sparse member's size
+                    yield self._pass(
+                        info.name, info.offset, info.offset_data, info.size, tar.offset, _why_refused(info)
+                    )
+                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the archive
+
+    def _pass(self, name: str, start: int, offset: int, size: int, end: int, refused: str | None) -> Member:
+        self._end, self._last = end, name
+        if refused is None and offset + size > self._total:
+            refused = "cut short inside its data"
+        return Member(name, start, offset, size, end, refused)
+
+    def _reaches(self, place: int) -> bool:
+        return place <= self._total and self._stream.seek(place) == place
+
+    def _tail(self) -> str | None:
+        """What is wrong behind the last member."""
+        stream, end = self._stream, self._end
+        if not self._reaches(end):
+            total = min(self._total, stream.tell())
+            return f"cut short at byte {total}, inside {self._last}" if self._last is not None else "cut short"
+        mark = stream.read(2 * _BLOCK)
+        if mark == bytes(2 * _BLOCK):
+            while padding := stream.read(1 << 20):
+                if padding.strip(b"\0"):
+                    return f"holds data after its end mark at byte {end}, which readers never reach"
+            return None
+        if len(mark) < _BLOCK or not mark.strip(b"\0"):
+            return f"cut short at byte {end + len(mark)}: the end mark is missing"
+        beyond = "what is" if self._total == sys.maxsize else f"{self._total - end} bytes"
+        return f"damaged header at byte {end}; {beyond} after it cannot be reached"
+
+
+def scan_tar(stream: IO[bytes]) -> TarScan:
+    """List the files of a seekable, uncompressed tar without reading their data, as :class:`TarWalk` finds them."""
     total = stream.seek(0, 2)
     stream.seek(0)
     if total == 0:
         return TarScan([], "archive is empty (0 bytes)")
-    members: list[Member] = []
-    end = 0
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            while info := tar.next():
-                if info.size < 0 or info.offset < end:  # would be read again and again
-                    return TarScan(members, f"damaged header at byte {info.offset}")
-                end = tar.offset  # where the next header stands; a sparse member takes less than its size
-                if not info.isdir():
-                    refused = _why_refused(info) or (
-                        "cut short inside its data" if info.offset_data + info.size > total else None
-                    )
-                    members.append(Member(info.name, info.offset, info.offset_data, info.size, end, refused))
-                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the archive
-    except tarfile.TarError as error:
-        if not members:
-            return TarScan([], f"not a tar archive, or its first header is damaged ({error})")
-    except (OSError, UnicodeError, ValueError, OverflowError, RecursionError) as error:
-        return TarScan(members, f"damaged after byte {end} ({error})")
-    if end > total:
-        return TarScan(members, f"cut short at byte {total}, inside {members[-1].name}" if members else "cut short")
-    stream.seek(end)
-    mark = stream.read(1024)
-    if mark == bytes(1024):
-        while padding := stream.read(1 << 20):
-            if padding.strip(b"\0"):
-                return TarScan(members, f"holds data after its end mark at byte {end}, which readers never reach")
-        return TarScan(members, None)
-    if len(mark) < 512 or not mark.strip(b"\0"):
-        return TarScan(members, f"cut short at byte {total}: the end mark is missing")
-    return TarScan(members, f"damaged header at byte {end}; {total - end} bytes after it cannot be reached")
+    walk = TarWalk(stream, total)
+    return TarScan(list(walk), walk.damage)
+
+
+class _Headers:
+    """A stream as tarfile reads it: only headers, so that none of them can ask for more memory than a name takes."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, length: int) -> bytes:
+        if length > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {length} bytes, {MAX_HEADER_BYTES} allowed")
+        data = self._stream.read(length)
+        if length > _BLOCK // 2 and _ENDLESS_NUMBER.search(data):
+            raise tarfile.ReadError("a number of over 255 digits in an extended header")
+        return data
+
+
+def _plain_header(block: bytes) -> tuple[str, int] | None:
+    """Name and size in bytes of the regular file that ``block`` heads; None for all that tarfile is to judge."""
+    fields = _PLAIN.match(block, 100)
+    if not fields or len(block) < _BLOCK or block[329:345] not in _NO_DEVICE:
+        return None
+    if sum(block) - sum(block[148:156]) + 256 != int(fields[3], 8):  # the checksum counts itself as eight blanks
+        return None
+    name, prefix = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
+    if not name or name.endswith(b"/"):
+        return None
+    path = prefix + b"/" + name if prefix else name
+    return path.decode("utf-8", "surrogateescape"), int(fields[1], 8)
 
 
 def _why_refused(info: tarfile.TarInfo) -> str | None:
@@ -79,9 +184,12 @@ def _why_refused(info: tarfile.TarInfo) -> str | None:
         return "is a link; links are not followed"
     if not info.isreg() or info.issparse():
         return "is not a regular file"
-    path = PurePosixPath(info.name)
-    if path.is_absolute():
+    return _why_unsafe(info.name)
+
+
+def _why_unsafe(name: str) -> str | None:
+    if name.startswith("/"):
         return "has an absolute name"
-    if ".." in path.parts:
+    if ".." in name and ".." in PurePosixPath(name).parts:
         return "has a name that leaves the archive"
     return None
