@@ -42,6 +42,16 @@ def s3() -> Iterator[ObjectStore]:
         yield store
 
 
+@pytest.fixture
+def bucket(s3: ObjectStore, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of the test's own, that ``s3://`` reaches in this process."""
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    bucket = s3.make_bucket("test-" + format(abs(hash(request.node.nodeid)), "x"))
+    s3.mend()
+    return bucket
+
+
 @pytest.fixture(scope="session")
 def eurosat_zip() -> Path:
     """The real EuroSAT tiles, where they stand beside the project."""

@@ -1,6 +1,6 @@
 """Seconds from the command to the first steps of a training, and which process took how much of them.
 
-    python tests/benchmarks/first_step.py data/eurosat [key=value ...]
+    python -m tests.benchmarks.first_step data/eurosat [key=value ...]
 
 trains ``configs/bench.yaml`` twice: with ``tilefleet train``, which starts Ray, and with the loop alone under
 ``python -m training.loop``. The second is what is this project's own in the first. Processes are watched in ``/proc``
@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.records import read_status
+from tests.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -56,7 +58,7 @@ def _watch(command: list[str], run: str) -> tuple[float, list[Process]]:
     found: dict[int, Process] = {}
     try:
         while running.poll() is None:
-            found |= _tree(running.pid, began)
+            found |= _alive(began)
             status = read_status(run)
             if status and status.done_tiles:
                 return time.time() - began, list(found.values())
@@ -67,25 +69,16 @@ def _watch(command: list[str], run: str) -> tuple[float, list[Process]]:
         running.wait()
 
 
-def _tree(root: int, began: float) -> dict[int, Process]:
-    """``root`` and all its descendants that are alive."""
+def _alive(began: float) -> dict[int, Process]:
+    """The processes of the command that are alive, which are all that this one has started."""
     uptime = float(Path("/proc/uptime").read_text().split()[0])
-    parents, processes = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                name = (entry / "cmdline").read_text().replace("\0", " ").strip()
-            except OSError:  # it has ended meanwhile
-                continue
-            pid = int(entry.name)
-            parents[pid] = int(fields[1])
+    processes = {}
+    for pid, name in descendants(os.getpid()).items():
+        with suppress(OSError):  # it has ended meanwhile
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             started = time.time() - uptime + int(fields[19]) / TICKS - began
             processes[pid] = Process(_short(name), started, (int(fields[11]) + int(fields[12])) / TICKS)
-    mine = {root}
-    while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
-        mine |= more
-    return {pid: process for pid, process in processes.items() if pid in mine}
+    return processes
 
 
 def _short(command: str) -> str:

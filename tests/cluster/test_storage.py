@@ -1,4 +1,4 @@
-"""Storage: whole files or none, clear errors."""
+"""Storage, on a disk and on S3 alike: whole files or none, clear errors."""
 
 from __future__ import annotations
 
@@ -6,33 +6,57 @@ from pathlib import Path
 
 import pytest
 
-from cluster import storage
+from cluster import records, storage
 from configs.errors import TilefleetError, UsageError
 
 
-def test_a_write_replaces_whole_files_and_leaves_nothing_beside(tmp_path: Path) -> None:
-    target = storage.join(tmp_path, "a.txt")
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.process)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder or bucket."""
+    return str(tmp_path if request.param == "disk" else request.getfixturevalue("bucket"))
+
+
+def test_a_write_replaces_whole_files_and_leaves_nothing_beside(place: str) -> None:
+    target = storage.join(place, "folder", "a.txt")
     storage.write_bytes(target, b"one")
     storage.write_bytes(target, b"two")
     assert storage.read_bytes(target) == b"two"
-    assert storage.list_files(tmp_path) == [target]
+    assert storage.size(target) == 3
+    assert storage.list_files(place, recursive=True) == [target]
 
 
-def test_reading_by_offset(tmp_path: Path) -> None:
-    target = storage.join(tmp_path, "a")
+def test_reading_by_offset(place: str) -> None:
+    target = storage.join(place, "a")
     storage.write_bytes(target, b"0123456789")
     assert storage.read_bytes(target, 3, 4) == b"3456"
     assert storage.read_bytes(target, 8, 10) == b"89"
     assert storage.read_bytes(target, 99, 1) == b""
+    with storage.open_input(target) as stream:
+        stream.seek(7)
+        assert stream.read() == b"789"
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    target = storage.join(tmp_path, "a")
+def test_a_failed_write_keeps_the_old_file(place: str) -> None:
+    target = storage.join(place, "a")
     storage.write_bytes(target, b"old")
     with pytest.raises(TypeError):
         storage.write_bytes(target, "not bytes")  # type: ignore[arg-type]
     assert storage.read_bytes(target) == b"old"
-    assert storage.list_files(tmp_path) == [target]
+    assert storage.list_files(place) == [target]
+
+
+def test_what_is_missing_is_missing(place: str) -> None:
+    target = storage.join(place, "no", "thing")
+    assert not storage.exists(target)
+    assert not storage.is_dir(target)
+    assert storage.list_files(target) == []
+    for read in (storage.read_bytes, storage.size, storage.open_input):
+        with pytest.raises(FileNotFoundError):
+            read(target)
+    storage.remove(target)
+    storage.remove_tree(target)
+    assert not storage.exists(target)
+    assert records.read_status(target) is None
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cluster import records
 from configs.schema import Recipe
+from tests.runs import losses, torchrun, write_recipe
 from training import models
 from training.batchnorm import GlobalBatchNorm2d, replace_batch_norm, set_presence
 from training.bundle import load_bundle
 from training.loop import Trainer
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def pair() -> tuple[nn.BatchNorm2d, nn.Module]:
@@ -93,28 +88,8 @@ def test_any_number_of_workers_trains_the_same_network_with_batch_statistics(sma
     trainer.fit()
     for workers in (2, 3):
         shared = alone.model_copy(update={"name": f"on-{workers}"})
-        under_torchrun(shared, workers)
+        torchrun(workers, "-m", "training.loop", write_recipe(shared, Path(shared.runs)), timeout=200)
         assert len(losses(shared)) >= 20
         assert losses(shared) == pytest.approx(losses(alone), abs=1e-5)
         a, b = (load_bundle(f"{run.run}/bundle")[0].state_dict() for run in (alone, shared))
         assert all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-5) for key in a if "running" in key)
-
-
-def under_torchrun(recipe: Recipe, workers: int) -> None:
-    file = Path(recipe.runs) / f"{recipe.name}.json"
-    file.write_text(recipe.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    result = subprocess.run(
-        [*command, "-m", "training.loop", str(file)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-
-
-def losses(recipe: Recipe) -> list[float]:
-    return [loss for row in records.read_metrics(recipe.run) for loss in row["losses"]]

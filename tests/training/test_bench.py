@@ -5,9 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from typer.testing import CliRunner
 import tilefleet
 from configs.errors import UsageError
 from configs.schema import Recipe
+from tests.runs import torchrun
 from training import models
 from training.bench import PLAIN, prepare, summary
 from training.loop import Trainer
@@ -125,18 +123,9 @@ def test_the_plain_script_stands_alone_and_has_the_same_network() -> None:
 
 @pytest.mark.process
 def test_the_plain_script_runs(shards: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PLAIN)]
     settings = ["--size=32", "--batch-size=8", "--epochs=2", "--num-workers=1"]
-    result = subprocess.run(
-        [*command, str(shards.parent / "raw"), *settings],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    printed = torchrun(2, PLAIN, shards.parent / "raw", *settings)
+    found = json.loads(printed.splitlines()[-1])
     assert found["tiles"] == 24 * 8
     assert found["tiles_per_second"] == pytest.approx(found["tiles"] / found["seconds"][1])
 

@@ -6,7 +6,6 @@ Undisturbed runs are made under ``torchrun``, so that Ray's part is held against
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import need
 
 from cluster import records, storage
@@ -28,11 +26,11 @@ from configs.schema import CheckpointConfig, Recipe
 from tests.hosts import ENVIRONMENT, Host, are_possible, two_hosts
 from tests.object_store import ObjectStore
 from tests.processes import descendants
+from tests.runs import ROOT, losses, torchrun, trace, traced, write_recipe
 from training import checkpoint, loop
 from training.loop import Trainer
 from training.train import RESIZE_SECONDS, cpu_share, train
 
-ROOT = Path(__file__).parent.parent.parent
 THREADS = max(1, (os.cpu_count() or 1) // 2)
 """Of torch, in each of two workers that share this machine: their number shows in the last bits of a sum."""
 
@@ -62,7 +60,9 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Recip
             "checkpoint": {"every_steps": 5},
         }
     )
-    torchrun(recipe, THREADS)
+    torchrun(
+        recipe.workers, "-m", "training.loop", write_recipe(recipe, Path(recipe.runs)), threads=THREADS, timeout=600
+    )
     return recipe
 
 
@@ -73,7 +73,7 @@ def on_hosts(undisturbed: Recipe) -> Recipe:
     if THREADS == 1:
         return recipe
     recipe = recipe.model_copy(update={"name": "one-thread"})
-    torchrun(recipe, 1)
+    torchrun(recipe.workers, "-m", "training.loop", write_recipe(recipe, Path(recipe.runs)), timeout=600)
     return recipe
 
 
@@ -85,11 +85,8 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 @pytest.fixture
-def bucket(s3: ObjectStore, shards: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket with ``shards`` in it, that ``s3://`` reaches in this process."""
-    for name, value in s3.env.items():
-        monkeypatch.setenv(name, value)
-    bucket = s3.make_bucket("training")
+def bucket(bucket: str, s3: ObjectStore, shards: Path) -> str:
+    """A bucket with ``shards`` in it."""
     for file in shards.rglob("*"):
         if file.is_file():
             storage.write_bytes(f"{bucket}/shards/{file.relative_to(shards)}", file.read_bytes())
@@ -233,20 +230,6 @@ def test_fewer_workers_than_workers(small_recipe: dict[str, Any]) -> None:
         train(Recipe.model_validate(small_recipe | {"workers": 2, "min_workers": 3}))
 
 
-def torchrun(recipe: Recipe, threads: int) -> None:
-    """Train without Ray."""
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={recipe.workers}"),
-            *("-m", "training.loop", str(write_recipe(recipe, Path(recipe.runs)))),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-
-
 @contextmanager
 def command(
     verb: str, recipe: Recipe, *options: str, folder: Path, host: Host | None = None
@@ -261,12 +244,6 @@ def command(
     finally:
         process.kill()
         process.wait()
-
-
-def write_recipe(recipe: Recipe, folder: Path) -> Path:
-    file = folder / f"{recipe.name}.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    return file
 
 
 def wait_for(happened: Callable[[], object], seconds: float, process: subprocess.Popen[bytes] | None = None) -> None:
@@ -334,23 +311,3 @@ def assert_equal(run: Recipe, undisturbed: Recipe) -> None:
 
 def weights(run: Recipe) -> bytes:
     return storage.read_bytes(storage.join(run.run, "bundle", "model.safetensors"))
-
-
-def losses(run: Recipe) -> list[float]:
-    return [loss for row in records.read_metrics(run.run) for loss in row["losses"]]
-
-
-def traced(run: Recipe) -> list[list[str]]:
-    """The tiles of each global batch, in order, as the workers that did it last saw them."""
-    lines = trace(run)
-    latest = {(line["epoch"], line["step"]): line["workers"] for line in lines if line["rank"] == 0}
-    shares = {
-        (line["epoch"], line["step"], line["rank"]): line["tiles"]
-        for line in lines
-        if line["workers"] == latest[line["epoch"], line["step"]]
-    }
-    return [[tile for rank in range(latest[key]) for tile in shares[*key, rank]] for key in sorted(latest)]
-
-
-def trace(run: Recipe) -> list[dict[str, Any]]:
-    return [json.loads(line) for file in sorted(Path(run.run).glob("trace-rank-*.jsonl")) for line in file.open()]

@@ -14,6 +14,7 @@ from conftest import need
 from cluster import records
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
+from tests.runs import losses
 from training import models
 from training.augment import normalise
 from training.bundle import load_bundle
@@ -29,10 +30,6 @@ def train(keys: dict[str, Any], **changes: Any) -> Recipe:
     recipe = Recipe.model_validate(keys | changes)
     Trainer(recipe, CPU).fit()
     return recipe
-
-
-def losses(recipe: Recipe) -> list[float]:
-    return [loss for row in records.read_metrics(recipe.run) for loss in row["losses"]]
 
 
 def stop_after(steps: int, trainer: Trainer) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,11 +14,11 @@ import torch
 from cluster import records
 from configs.errors import TilefleetError
 from configs.schema import Recipe
+from tests.runs import ROOT, losses, torchrun, trace, write_recipe
 from training.bundle import load_bundle
 from training.loop import Trainer
 from training.shards import load_tiles
 
-ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 
 
@@ -28,14 +26,9 @@ def recipe(keys: dict[str, Any], **changes: Any) -> Recipe:
     return Recipe.model_validate(keys | changes)
 
 
-def losses(run: str) -> list[float]:
-    return [loss for row in records.read_metrics(run) for loss in row["losses"]]
-
-
-def traced(run: str) -> list[str]:
-    """The tiles of a run in global order."""
-    lines = [json.loads(line) for file in Path(run).glob("trace-rank-*.jsonl") for line in file.open()]
-    lines.sort(key=lambda line: (line["epoch"], line["step"], line["rank"]))
+def seen(run: Recipe) -> list[str]:
+    """The tiles of a run in global order; of a step that was done again, both times."""
+    lines = sorted(trace(run), key=lambda line: (line["epoch"], line["step"], line["rank"]))
     return [tile for line in lines for tile in line["tiles"]]
 
 
@@ -72,8 +65,8 @@ def test_stopped_and_resumed_is_equal_to_the_bit(small_recipe: dict[str, Any]) -
     with pytest.raises(Stop):
         trainer.fit()
     Trainer(stopped, CPU).fit()
-    assert losses(stopped.run) == losses(whole.run)
-    assert traced(stopped.run) == traced(whole.run)
+    assert losses(stopped) == losses(whole)
+    assert seen(stopped) == seen(whole)
     a, b = load_bundle(f"{whole.run}/bundle")[0], load_bundle(f"{stopped.run}/bundle")[0]
     for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
         assert torch.equal(x, y)
@@ -86,22 +79,10 @@ def test_any_number_of_workers_trains_the_same_model(small_recipe: dict[str, Any
     keys = small_recipe | {"augment": {"symmetries": True, "mixup": 0.4}, "shuffle_window": 2, "trace": True}
     one, more = recipe(keys, name="one"), recipe(keys, name="more")
     Trainer(one, CPU).fit()
-    file = Path(more.runs) / "more.json"
-    file.write_text(more.model_dump_json())
-    distributed = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    result = subprocess.run(
-        [*distributed, "-m", "training.loop", str(file)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert traced(more.run) == traced(one.run)
+    torchrun(workers, "-m", "training.loop", write_recipe(more, Path(more.runs)))
+    assert seen(more) == seen(one)
     assert len(list(Path(more.run).glob("trace-rank-*.jsonl"))) == workers
-    for a, b in zip(losses(one.run), losses(more.run), strict=True):
+    for a, b in zip(losses(one), losses(more), strict=True):
         assert abs(a - b) <= 1e-4 * abs(a)
     for a, b in zip(records.read_metrics(one.run), records.read_metrics(more.run), strict=True):
         assert a["val_accuracy"] == pytest.approx(b["val_accuracy"], abs=0.05)
@@ -133,13 +114,10 @@ def test_a_changed_shard_stops_the_run_and_is_named(small_recipe: dict[str, Any]
 
 
 @pytest.mark.process
-def test_the_loop_runs_with_ray_not_installed(small_recipe: dict[str, Any]) -> None:
+def test_the_loop_runs_with_ray_not_installed(small_recipe: dict[str, Any], tmp_path: Path) -> None:
     run = recipe(small_recipe, epochs=1)
     hide = "import sys; sys.modules['ray'] = None; from training.loop import main; main(sys.argv[1:])"
-    file = Path(run.runs).parent / "recipe.json"
-    file.write_text(run.model_dump_json())
-    result = subprocess.run(
-        [sys.executable, "-c", hide, str(file)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, "-c", hide, write_recipe(run, tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (Path(run.run) / "bundle" / "bundle.json").exists()

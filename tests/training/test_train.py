@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -17,21 +16,12 @@ from cluster import records
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
 from tests.processes import descendants
+from tests.runs import losses, trace, traced
 from training.train import train
 
 
 def recipe(keys: dict[str, Any], **changes: Any) -> Recipe:
     return Recipe.model_validate(keys | changes)
-
-
-def losses(run: Recipe) -> list[float]:
-    return [loss for row in records.read_metrics(run.run) for loss in row["losses"]]
-
-
-def traced(run: Recipe) -> list[str]:
-    lines = [json.loads(line) for file in Path(run.run).glob("trace-rank-*.jsonl") for line in file.open()]
-    latest = {(line["epoch"], line["step"], line["rank"]): line["tiles"] for line in lines}
-    return [tile for key in sorted(latest) for tile in latest[key]]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +108,7 @@ def test_a_killed_worker_costs_time_and_nothing_else(calm: Recipe) -> None:
     killer.join()
     assert losses(hit) == losses(calm)
     assert traced(hit) == traced(calm)
+    assert all(line["workers"] == 2 for line in trace(hit))
     bundles = [Path(run.run, "bundle", "model.safetensors").read_bytes() for run in (calm, hit)]
     assert bundles[0] == bundles[1]
 
