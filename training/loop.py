@@ -252,10 +252,23 @@ def set_up(device: torch.device) -> None:
     """Set up a process for training on ``device``; of no use to what shares its process with other work.
 
     Weights that no longer move have gradients and moments so small that a CPU takes many times as long for each
-    operation on them; there they count as 0.
+    operation on them; there they count as 0. And each step takes and frees the same memory: glibc would give it back to
+    the system in between, which clears every page of it again for the next step.
     """
     if device.type == "cpu":
         torch.set_flush_denormal(True)
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let the allocator of this process keep what is freed, where it is glibc's."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h; M_MMAP_THRESHOLD takes up to 32 MiB, larger blocks are few
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 @contextmanager
