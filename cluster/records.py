@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 
+STORE_INTERVAL = 10.0
+"""Seconds between two writes of a status to object storage, where each costs a request."""
+
 State = Literal["running", "done", "failed"]
 
 
@@ -49,17 +52,24 @@ class StatusWriter:
     def __init__(self, run: str | Path, kind: Literal["train", "classify"], **fields: Any) -> None:
         now = time.time()
         self.location = storage.join(run, "status.json")
-        self.interval = 10.0 if storage.is_uri(run) else 1.0
+        self.interval = STORE_INTERVAL if storage.is_uri(run) else 1.0
         self.status = Status(kind=kind, started=now, updated=now, **fields)
         self._written = 0.0
         self.update(force=True)
 
     def update(self, *, force: bool = False, **fields: Any) -> None:
-        """Take over ``fields`` and write them when the last write is old enough, or at once by ``force``."""
+        """Take over ``fields`` and write them when the last write is old enough, or at once by ``force``.
+
+        Without ``force`` a full disk is no error: work that waits for room need not end for want of its status.
+        """
         now = time.time()
         self.status = Status.model_validate(self.status.model_dump() | fields | {"updated": now})
         if force or now - self._written >= self.interval:
-            storage.write_bytes(self.location, self.status.model_dump_json(indent=1).encode())
+            try:
+                storage.write_bytes(self.location, self.status.model_dump_json(indent=1).encode())
+            except storage.DiskFullError:
+                if force:
+                    raise
             self._written = now
 
     def finish(self, state: State, error: str | None = None) -> None:

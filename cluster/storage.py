@@ -16,6 +16,7 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,8 +30,16 @@ ATTEMPTS = 5
 """Tries of a request to S3 before its error is the user's, a little later each time: some ten seconds in all."""
 
 
+DISK_PAUSE = 2.0
+"""Seconds between two tries of a write to a full disk."""
+
+
 class StoreError(TilefleetError, OSError):
     """Object storage that does not do its part, in one line; an ``OSError`` too, as a disk's would be."""
+
+
+class DiskFullError(TilefleetError):
+    """No room on the disk, or in the quota."""
 
 
 def is_uri(location: str | Path) -> bool:
@@ -165,6 +174,18 @@ def writing(location: str | Path) -> Iterator[IO[bytes]]:
             raise
 
 
+def write_patiently(location: str | Path, data: bytes, patience: float) -> None:
+    """As :func:`write_bytes`; a full disk is waited for, up to ``patience`` seconds, since room is often made soon."""
+    last = time.monotonic() + patience
+    while True:
+        try:
+            return write_bytes(location, data)
+        except DiskFullError:
+            if time.monotonic() + DISK_PAUSE > last:
+                raise
+            time.sleep(DISK_PAUSE)
+
+
 def remove(location: str | Path) -> None:
     """Delete a file; nothing to do where there is none."""
     if not is_uri(location):
@@ -190,7 +211,7 @@ def clear_errors(location: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TilefleetError(
+            raise DiskFullError(
                 f"{location}: the disk is full; free some space and run the same command again"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):

@@ -10,10 +10,9 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,8 +20,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 
+if TYPE_CHECKING:
+    from inference.predictor import Predictions
+
 PREDICTIONS = "predictions"
 SUMMARY_KEY = b"summary"
+ROW_GROUP = 1 << 16
+"""Rows of a part that are held before they are compressed."""
+
 SCHEMA = pa.schema(
     [
         ("tile_id", pa.string()),
@@ -49,54 +54,78 @@ class Summary(BaseModel):
     errors_by_stage: dict[str, int] = {}
     tiles_by_class: dict[str, int] = {}
     seconds: dict[str, float] = {}
+    bad_archives: dict[str, str] = {}  # archive -> its damage, where only reading it found that
 
 
-def make_table(
-    archive: str,
-    tile_ids: Sequence[str],
-    errors: Sequence[str | None],
-    class_id: npt.NDArray[np.int32],
-    confidence: npt.NDArray[np.float32],
-    is_unknown: npt.NDArray[np.bool_],
-    classes: Sequence[str],
-    probabilities: npt.NDArray[np.float32] | None = None,
-) -> pa.Table:
-    """Rows of :data:`SCHEMA`, one for each of N tiles of one archive, in their order.
+class Part:
+    """The rows of one chunk on their way into its part file, compressed as they come: memory grows by little.
 
-    The arrays are ``[N]``, ``probabilities`` is ``[N, classes]``. The dictionary of ``class_name`` is ``classes``.
+    Columns are those of :data:`SCHEMA`, and ``probabilities`` where asked for. The dictionary of ``class_name`` is
+    ``classes``. Equal rows give equal row groups.
     """
-    failed = np.array([error is not None for error in errors], dtype=bool)
-    ids = pa.array(class_id, pa.int32(), mask=failed)
-    columns = [
-        pa.array(tile_ids, pa.string()),
-        pa.repeat(pa.scalar(archive, pa.string()), len(failed)),
-        ids,
-        pa.DictionaryArray.from_arrays(ids, pa.array(classes, pa.string())),
-        pa.array(confidence, pa.float32(), mask=failed),
-        pa.array(is_unknown & ~failed),
-        pa.array(errors, pa.string()),
-    ]
-    if probabilities is None:
-        return pa.table(columns, schema=SCHEMA)
-    values = pa.array(probabilities.ravel(), pa.float32())
-    lists = pa.FixedSizeListArray.from_arrays(values, len(classes), mask=pa.array(failed))
-    return pa.table([*columns, lists], schema=SCHEMA.append(pa.field("probabilities", lists.type)))
 
+    def __init__(self, archive: str, classes: Sequence[str], *, probabilities: bool = False) -> None:
+        self.summary = Summary(tiles_by_class=dict.fromkeys(classes, 0))
+        self._archive = pa.scalar(archive, pa.string())
+        self._classes = pa.array(classes, pa.string())
+        vector = pa.list_(pa.float32(), len(classes))
+        self._schema = SCHEMA.append(pa.field("probabilities", vector)) if probabilities else SCHEMA
+        self._buffer = io.BytesIO()
+        self._writer = pq.ParquetWriter(self._buffer, self._schema, compression="zstd")
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
 
-def summarise(table: pa.Table, errors_by_stage: dict[str, int], seconds: dict[str, float]) -> Summary:
-    """Counts over the rows of one part; ``tiles_by_class`` names every class, unknown tiles are in their best one."""
-    names = table["class_name"].combine_chunks()
-    counts = np.bincount(names.indices.drop_null().to_numpy(), minlength=len(names.dictionary))
-    errors = table["class_id"].null_count
-    return Summary(
-        tiles=table.num_rows,
-        classified=table.num_rows - errors,
-        errors=errors,
-        unknown=int(np.count_nonzero(table["is_unknown"].to_numpy())),
-        errors_by_stage=errors_by_stage,
-        tiles_by_class=dict(zip(names.dictionary.to_pylist(), counts.tolist(), strict=True)),
-        seconds=seconds,
-    )
+    def add(self, tile_ids: Sequence[str], errors: Sequence[str | None], predictions: Predictions) -> None:
+        """Add the rows of N tiles; ``errors`` say why tiles could not be read, before what ``predictions`` says."""
+        failed = predictions.class_id < 0
+        ids = pa.array(predictions.class_id, pa.int32(), mask=failed)
+        columns = [
+            pa.array(tile_ids, pa.string()),
+            pa.repeat(self._archive, len(failed)),
+            ids,
+            pa.DictionaryArray.from_arrays(ids, self._classes),
+            pa.array(predictions.confidence, pa.float32(), mask=failed),
+            pa.array(predictions.is_unknown),
+            pa.array([read or decode for read, decode in zip(errors, predictions.errors, strict=True)], pa.string()),
+        ]
+        if len(self._schema) > len(SCHEMA):
+            values = pa.array(predictions.probabilities.ravel(), pa.float32())
+            mask = pa.array(failed)
+            columns.append(pa.FixedSizeListArray.from_arrays(values, len(self._classes), mask=mask))
+        self._waiting.append(pa.table(columns, schema=self._schema))
+        self._rows += len(failed)
+        if self._rows >= ROW_GROUP:
+            self._flush()
+        unread, bad = sum(error is not None for error in errors), int(failed.sum())
+        counts = np.bincount(predictions.class_id[~failed], minlength=len(self._classes)).tolist()
+        batch = Summary(
+            tiles=len(failed),
+            classified=len(failed) - bad,
+            errors=bad,
+            unknown=int(predictions.is_unknown.sum()),
+            errors_by_stage={"read": unread, "decode": bad - unread},
+            tiles_by_class=dict(zip(self._classes.to_pylist(), counts, strict=True)),
+            seconds=predictions.seconds,
+        )
+        self.summary = summed([self.summary, batch])
+
+    def write(self, location: str, damage: str | None = None, patience: float = 0) -> Summary:
+        """Write the part at once, with what is summed up of it, and return that.
+
+        ``damage`` is what is wrong with the archive. A full disk is waited for, ``patience`` seconds at most.
+        """
+        self._flush()
+        if damage:
+            self.summary = self.summary.model_copy(update={"bad_archives": {self._archive.as_py(): damage}})
+        self._writer.add_key_value_metadata({SUMMARY_KEY: self.summary.model_dump_json()})
+        self._writer.close()
+        storage.write_patiently(location, self._buffer.getvalue(), patience)
+        return self.summary
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.concat_tables(self._waiting), row_group_size=self._rows)
+            self._waiting, self._rows = [], 0
 
 
 def summed(summaries: Iterable[Summary]) -> Summary:
@@ -111,6 +140,7 @@ def summed(summaries: Iterable[Summary]) -> Summary:
             errors_by_stage=_added(total.errors_by_stage, one.errors_by_stage),
             tiles_by_class=_added(total.tiles_by_class, one.tiles_by_class),
             seconds=_added(total.seconds, one.seconds),
+            bad_archives=total.bad_archives | one.bad_archives,
         )
     return total
 
@@ -124,14 +154,6 @@ def chunk_of(location: str) -> str | None:
     """The chunk whose part ``location`` is, or None for any other file, such as one that is still being written."""
     path = PurePosixPath(location)
     return path.stem.removeprefix("part-") if path.match("part-*.parquet") else None
-
-
-def write_part(out: str, chunk_id: str, table: pa.Table, summary: Summary) -> None:
-    """Write the part of a chunk at once; equal rows and summaries give equal bytes."""
-    buffer = io.BytesIO()
-    annotated = table.replace_schema_metadata({SUMMARY_KEY: summary.model_dump_json().encode()})
-    pq.write_table(annotated, buffer, compression="zstd", row_group_size=max(1, table.num_rows))
-    storage.write_bytes(part_location(out, chunk_id), buffer.getvalue())
 
 
 def read_summary(part: str) -> Summary:

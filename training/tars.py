@@ -2,7 +2,7 @@
 
 In goes a stream, out comes the place of each member's bytes, and the damage if any: one by one with :class:`TarWalk`,
 which needs the memory of one member, or together as a :class:`TarScan`. A plain header, which is nearly every header,
-is read here; from the first other one on (long names, links, extensions) the standard library reads.
+is read here; any other (long names, links, extensions) the standard library reads.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 MAX_HEADER_BYTES = 1 << 20
 """Largest extended header that is read: names and attributes, never data."""
@@ -21,15 +22,14 @@ MAX_HEADER_BYTES = 1 << 20
 _BLOCK = 512
 _NUMBER = rb"(?:[0-7]{7}[ \0]|[0-7]{6} \0)"
 _LONG_NUMBER = rb"([0-7]{11})[ \0]"
-_PLAIN = re.compile(_NUMBER * 3 + _LONG_NUMBER + _LONG_NUMBER + rb"([0-7]{6})(?:\0 | \0)" + rb"0")
-"""Bytes 100 to 157 of a regular file's header (POSIX.1-1988 ustar): mode, owners, size, time, checksum, type."""
+_PLAIN = re.compile(_NUMBER * 3 + _LONG_NUMBER + _LONG_NUMBER + rb"([0-7]{6})(?:\0 | \0)" + rb"([05])")
+"""Mode, owners, size, time, checksum and type in the header of a file or a folder (ustar, POSIX.1-1988)."""
 
 _NO_DEVICE = (bytes(16), b"0000000\0" * 2, b"000000 \0" * 2)
 _ENDLESS_NUMBER = re.compile(rb"[0-9]{256}")  # in an extended header, tarfile would search it in quadratic time
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One file in a tar. ``start`` and ``end`` bound its headers and padded data; ``offset`` and ``size`` its bytes."""
 
     name: str
@@ -81,42 +81,49 @@ class TarWalk:
 
     def __iter__(self) -> Iterator[Member]:
         try:
-            yield from self._plain_members()
-            try:
-                if self._reaches(self._end):
-                    yield from self._other_members()
-            except tarfile.TarError as error:
-                if not self._end:
-                    self.damage = f"not a tar archive, or its first header is damaged ({error})"
+            yield from self._members()
             self.damage = self.damage or self._tail()
         except (OSError, EOFError, UnicodeError, ValueError, OverflowError, RecursionError) as error:
             self.damage = f"damaged after byte {self._end} ({error})"
 
-    def _plain_members(self) -> Iterator[Member]:
-        while self._reaches(self._end) and (found := _plain_header(self._stream.read(_BLOCK))):
-            name, size = found
-            offset = self._end + _BLOCK
-            yield self._pass(name, self._end, offset, size, offset + -(-size // _BLOCK) * _BLOCK, _why_unsafe(name))
+    def _members(self) -> Iterator[Member]:
+        tar: Any = None
+        while self._reaches(self._end):
+            header = self._stream.read(_BLOCK)
+            found = None if tar and tar.pax_headers else _plain_header(header)  # those change every header after them
+            if found:
+                name, size, is_dir = found
+                start, offset = self._end, self._end + _BLOCK
+                self._end = offset + -(-size // _BLOCK) * _BLOCK
+                if not is_dir:
+                    yield self._member(name, start, offset, size, _why_unsafe(name))
+                continue
+            try:
+                if tar:
+                    tar.offset = self._end
+                else:
+                    self._stream.seek(self._end)
+                    tar = tarfile.TarFile(fileobj=_Headers(self._stream), encoding="utf-8")  # type: ignore[arg-type]
+                info = tar.next()
+            except tarfile.TarError as error:
+                if not self._end:
+                    self.damage = f"not a tar archive, or its first header is damaged ({error})"
+                return
+            if info is None:
+                return
+            tar.members = []  # else memory grows with the archive
+            if info.size < 0 or info.offset < self._end:  # would be read again and again
+                self.damage = f"damaged header at byte {info.offset}"
+                return
+            self._end = tar.offset  # of a sparse member, that is before all of its size
+            if not info.isdir():
+                yield self._member(info.name, info.offset, info.offset_data, info.size, _why_refused(info))
 
-    def _other_members(self) -> Iterator[Member]:
-        with tarfile.open(fileobj=_Headers(self._stream), mode="r:", encoding="utf-8") as tar:
-            while info := tar.next():
-                if info.size < 0 or info.offset < self._end:  # would be read again and again
-                    self.damage = f"damaged header at byte {info.offset}"
-                    return
-                if info.isdir():
-                    self._end = tar.offset
-                else:  # where the next header stands is not after all of a sparse member's size
-                    yield self._pass(
-                        info.name, info.offset, info.offset_data, info.size, tar.offset, _why_refused(info)
-                    )
-                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the archive
-
-    def _pass(self, name: str, start: int, offset: int, size: int, end: int, refused: str | None) -> Member:
-        self._end, self._last = end, name
+    def _member(self, name: str, start: int, offset: int, size: int, refused: str | None) -> Member:
+        self._last = name
         if refused is None and offset + size > self._total:
             refused = "cut short inside its data"
-        return Member(name, start, offset, size, end, refused)
+        return Member(name, start, offset, size, self._end, refused)
 
     def _reaches(self, place: int) -> bool:
         return place <= self._total and self._stream.seek(place) == place
@@ -150,14 +157,14 @@ def scan_tar(stream: IO[bytes]) -> TarScan:
 
 
 class _Headers:
-    """A stream as tarfile reads it: only headers, so that none of them can ask for more memory than a name takes."""
+    """A stream as tarfile reads it: only headers, so that none of them can ask for much memory."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self.seek, self.tell = stream.seek, stream.tell
 
     def read(self, length: int) -> bytes:
-        if length > MAX_HEADER_BYTES:
+        if not 0 <= length <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"an extended header of {length} bytes, {MAX_HEADER_BYTES} allowed")
         data = self._stream.read(length)
         if length > _BLOCK // 2 and _ENDLESS_NUMBER.search(data):
@@ -165,18 +172,22 @@ class _Headers:
         return data
 
 
-def _plain_header(block: bytes) -> tuple[str, int] | None:
-    """Name and size in bytes of the regular file that ``block`` heads; None for all that tarfile is to judge."""
+def _plain_header(block: bytes) -> tuple[str, int, bool] | None:
+    """Name, bytes and whether it is a folder of what ``block`` heads; None for all that tarfile is to judge."""
     fields = _PLAIN.match(block, 100)
     if not fields or len(block) < _BLOCK or block[329:345] not in _NO_DEVICE:
         return None
-    if sum(block) - sum(block[148:156]) + 256 != int(fields[3], 8):  # the checksum counts itself as eight blanks
+    counted = block[:148] + b"        " + block[156:]  # the checksum counts itself as eight blanks
+    # Adler's low half is one more than the sum modulo 65521, which 512 bytes of ASCII never reach; it is quicker.
+    checksum = (zlib.adler32(counted) & 0xFFFF) - 1 if block.isascii() else sum(counted)
+    if checksum != int(fields[3], 8):
         return None
     name, prefix = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
-    if not name or name.endswith(b"/"):
+    is_dir = fields[4] == b"5"
+    if not name or (name.endswith(b"/") and not is_dir):
         return None
     path = prefix + b"/" + name if prefix else name
-    return path.decode("utf-8", "surrogateescape"), int(fields[1], 8)
+    return path.decode("utf-8", "surrogateescape"), 0 if is_dir else int(fields[1], 8), is_dir
 
 
 def _why_refused(info: tarfile.TarInfo) -> str | None:

@@ -68,3 +68,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_an_unknown_scheme_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="nosuch://x"):
         storage.exists("nosuch://x/y")
+
+
+def test_a_file_written_as_a_stream_is_seen_whole_or_not_at_all(place: str) -> None:
+    target = storage.join(place, "folder", "a")
+    with storage.writing(target) as file:
+        file.write(b"one")
+        assert not storage.exists(target)
+        file.write(b"two")
+    assert storage.read_bytes(target) == b"onetwo"
+    with pytest.raises(TypeError), storage.writing(target) as file:
+        file.writelines([b"three", "not bytes"])  # type: ignore[list-item]
+    assert storage.read_bytes(target) == b"onetwo"
+    assert storage.list_files(place, recursive=True) == [target]

@@ -1,48 +1,26 @@
-"""Archives are planned into chunks that hold each tile once, and chunks are read back as they were planned."""
+"""Archives are found behind locations; a tar is planned into chunks that hold each tile once, and read back so."""
 
 from __future__ import annotations
 
 import io
 import os
 import tarfile
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.errors import TilefleetError, UsageError
+from configs.errors import UsageError
 from inference import archive
-from inference.archive import CHUNK_BYTES, BadArchive, Chunk, Plan, Terms
+from inference.scan import CHUNK_BYTES, is_tile_name, split
+from tests.archives import planned, tiles_of, write_tar
 from training.decode import MAX_ENCODED_BYTES, is_image_name
 from training.shards import Member, scan_tar
 
 LONG = "nested/" * 30 + "a-name-over-one-hundred-characters-" * 4
 MiB = 1 << 20
-TERMS = Terms(
-    bundle_digest="d",
-    archives=("/a", "s3://b/c"),
-    tiles_per_chunk=2,
-    batch_size=8,
-    probabilities=False,
-    engine="torch-f32",
-    threads=1,
-)
-
-
-def write_tar(path: Path, files: Sequence[tuple[str, bytes]], tar_format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def read_all(plan: Plan) -> list[archive.Tile]:
-    return [tile for chunk in plan.chunks for tile in archive.read_chunk(chunk)]
 
 
 @st.composite
@@ -59,10 +37,11 @@ def members(draw: st.DrawFn) -> list[Member]:
 
 @given(members(), st.integers(1, 7))
 def test_every_tile_is_in_one_chunk_in_order_and_within_the_limits(members: list[Member], most: int) -> None:
-    ranges = archive.split(members, members[-1].end + 1024 if members else 0, most)
+    ranges = list(split(members, members[-1].end + 1024 if members else 0, most))
     tiles = iter([member for member in members if is_image_name(member.name)])
     for found in ranges:
-        held = [next(tiles) for _ in range(found.tiles)]
+        held = [next(tiles) for _ in range(found.tiles or 0)]
+        assert found.tiles is not None
         assert 1 <= found.tiles <= most
         assert found.start == held[0].start
         assert found.end == (held[-1].offset if held[-1].size > MAX_ENCODED_BYTES else held[-1].end)
@@ -71,13 +50,14 @@ def test_every_tile_is_in_one_chunk_in_order_and_within_the_limits(members: list
     assert all(before.end <= after.start for before, after in pairwise(ranges))
 
 
+@settings(deadline=None)  # it writes files
 @given(st.lists(st.binary(max_size=1500), min_size=1, max_size=12), st.integers(1, 5))
 def test_chunks_give_back_the_bytes_of_every_tile(
     tmp_path_factory: pytest.TempPathFactory, images: list[bytes], most: int
 ) -> None:
     files = [(f"d/{number}.jpg", data) for number, data in enumerate(images)]
-    tar = write_tar(tmp_path_factory.mktemp("tars") / "a.tar", files)
-    tiles = read_all(archive.plan([str(tar)], most))
+    folder = tmp_path_factory.mktemp("tars")
+    tiles = tiles_of([write_tar(folder / "a.tar", files)], folder / "out", most)
     assert [(tile.tile_id, tile.data, tile.error) for tile in tiles] == [(n[:-4], data, None) for n, data in files]
 
 
@@ -95,16 +75,17 @@ def test_a_foreign_tar_gives_its_images_and_nothing_else(tmp_path: Path, tar_for
         ("a/two.dots.cls", b"7"),
         (f"{long}2.tif", b"5"),
     ]
-    plan = archive.plan([str(write_tar(tmp_path / "a.tar", files, tar_format))], 1)
-    assert [(tile.tile_id, tile.data) for tile in read_all(plan)] == [
+    tar = write_tar(tmp_path / "a.tar", files, tar_format)
+    assert [(tile.tile_id, tile.data) for tile in tiles_of([tar], tmp_path / "out", 1)] == [
         ("a/b/c/deep", b"1"),
         (long, b"2"),
         ("LOUD", b"3"),
         ("a/two.dots", b"4" * 513),
         (f"{long}2", b"5"),
     ]
+    plan = planned([tar], tmp_path / "out", 2)
     assert plan.bad == []
-    assert [chunk.id for chunk in plan.chunks] == ["000000", "000001", "000002", "000003", "000004"]
+    assert [chunk.id for chunk in plan.chunks] == ["00000000", "00000001", "00000002"]
 
 
 def test_members_that_must_not_be_trusted_are_error_rows(tmp_path: Path) -> None:
@@ -117,7 +98,7 @@ def test_members_that_must_not_be_trusted_are_error_rows(tmp_path: Path) -> None
             info = tarfile.TarInfo("link.jpg")
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    tiles = read_all(archive.plan([str(tmp_path / "a.tar")], 2))
+    tiles = tiles_of([tmp_path / "a.tar"], tmp_path / "out", 2)
     assert [tile.tile_id for tile in tiles] == ["../up", "/absolute", "good", "link", "link"]
     assert [tile.data for tile in tiles] == [None, None, b"abc", None, None]
     assert ["link" in (tile.error or "") for tile in tiles] == [False, False, False, True, True]
@@ -126,7 +107,7 @@ def test_members_that_must_not_be_trusted_are_error_rows(tmp_path: Path) -> None
 
 def test_a_name_that_is_not_text_is_kept_readable(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [("caf\udce9.jpg", b"1")], tarfile.GNU_FORMAT)
-    assert [tile.tile_id for tile in read_all(archive.plan([str(tar)]))] == ["caf\\xe9"]
+    assert [tile.tile_id for tile in tiles_of([tar], tmp_path / "out")] == ["caf\\xe9"]
 
 
 def test_the_data_of_a_tile_over_the_limit_is_never_read(tmp_path: Path) -> None:
@@ -139,9 +120,9 @@ def test_the_data_of_a_tile_over_the_limit_is_never_read(tmp_path: Path) -> None
             small = tarfile.TarInfo("small.jpg")
             small.size = 3
             tar.addfile(small, io.BytesIO(b"abc"))
-    plan = archive.plan([str(tmp_path / "a.tar")])
+    plan = planned([tmp_path / "a.tar"], tmp_path / "out")
     assert [chunk.end - chunk.start for chunk in plan.chunks] == [512, 1024]
-    big_tile, small_tile = read_all(plan)
+    big_tile, small_tile = tiles_of([tmp_path / "a.tar"], tmp_path / "out")
     assert big_tile.error is not None
     assert big_tile.error.startswith("image file over the limit: ")
     assert small_tile == ("small", b"abc", None)
@@ -159,8 +140,8 @@ def test_a_tar_cut_anywhere_gives_every_tile_before_the_cut(tmp_path: Path) -> N
     for cut in sorted(cut for cut in cuts if 0 <= cut < end + 1024):
         tar = tmp_path / "cut.tar"
         tar.write_bytes(whole[:cut])
-        plan = archive.plan([str(tar)], 2)
-        tiles = read_all(plan)
+        plan = planned([tar], tmp_path / "out", 2)
+        tiles = [tile for chunk in plan.chunks for tile in archive.read_chunk(chunk)]
         reachable = [member for member in found if member.offset <= cut and is_image_name(member.name)]
         assert [tile.tile_id for tile in tiles] == [member.name[:-4] for member in reachable], cut
         for tile, member in zip(tiles, reachable, strict=True):
@@ -176,80 +157,73 @@ def test_a_tar_cut_anywhere_gives_every_tile_before_the_cut(tmp_path: Path) -> N
 def test_an_archive_without_tiles_is_named_with_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.tar").write_bytes(content)
     good = write_tar(tmp_path / "b.tar", [("x.jpg", b"1")])
-    plan = archive.plan([str(tmp_path / "a.tar"), str(good)])
+    plan = planned([tmp_path / "a.tar", good], tmp_path / "out")
     assert [bad.archive for bad in plan.bad] == [str(tmp_path / "a.tar")]
     assert reason in plan.bad[0].reason
     assert [chunk.archive for chunk in plan.chunks] == [str(good)]
 
 
-def test_progress_counts_archives(tmp_path: Path) -> None:
-    tars = [str(write_tar(tmp_path / f"{name}.tar", [("x.jpg", b"1")])) for name in "abc"]
-    seen: list[tuple[str, int, int]] = []
-    archive.plan(tars, progress=lambda *step: seen.append(step))
-    assert seen == [("plan", 1, 3), ("plan", 2, 3), ("plan", 3, 3)]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tar: tar.unlink(),
-        lambda tar: tar.write_bytes(tar.read_bytes() + b"more"),
-        lambda tar: tar.write_bytes(bytes(tar.stat().st_size)),
-    ],
-    ids=["gone", "grown", "overwritten"],
+@given(
+    st.text("aJ.P/_g-", max_size=12), st.sampled_from(["", ".jpg", ".JPEG", ".cls", "__MACOSX/a.jpg", "/.jpg", ".jpg/"])
 )
-def test_an_archive_changed_after_the_plan_is_refused_by_name(tmp_path: Path, change: object) -> None:
-    tar = write_tar(tmp_path / "a.tar", [("x.jpg", b"1"), ("y.jpg", b"2")])
-    (chunk,) = archive.plan([str(tar)]).chunks
-    change(tar)  # type: ignore[operator]
-    with pytest.raises(TilefleetError, match=r"a\.tar: (cannot be read|changed)"):
-        archive.read_chunk(chunk)
+def test_a_name_is_quickly_taken_for_an_image_as_it_slowly_is(start: str, ending: str) -> None:
+    name = start + ending
+    assert is_tile_name(name) == (is_image_name(name) and not name.endswith("/"))
 
 
 def test_archives_are_found_as_files_in_folders_and_by_globs_each_once(tmp_path: Path) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    names = ["a.tar", "B.TAR", "deep/er/c.tar"]
-    for name in [*names, "notes.txt", "._a.tar"]:
+    names = ["a.tar", "B.TAR", "deep/er/c.tar", "d.zip", "deep/e.Tar.Gz", "f.tzst"]
+    for name in [*names, "notes.txt", "._a.tar", "tiles.parquet", "g.gz"]:
         (tmp_path / name).write_bytes(b"")
     everything = sorted(str(tmp_path / name) for name in names)
     assert archive.list_archives([str(tmp_path)]) == everything
-    assert archive.list_archives([f"{tmp_path}/**/*.tar", str(tmp_path / "B.TAR"), f"{tmp_path}/deep/../a.tar"]) == (
+    assert archive.list_archives([f"{tmp_path}/**/*", str(tmp_path / "B.TAR"), f"{tmp_path}/deep/../a.tar"]) == (
         everything
     )
-    assert archive.list_archives([f"{tmp_path}/d*"]) == [str(tmp_path / "deep/er/c.tar")]
+    assert archive.list_archives([f"{tmp_path}/de*"]) == [
+        str(tmp_path / "deep/e.Tar.Gz"),
+        str(tmp_path / "deep/er/c.tar"),
+    ]
 
 
-@pytest.mark.parametrize("location", ["nowhere.tar", "*.tar", ".", "notes.txt"])
+def test_a_folder_gives_the_archives_and_the_images_below_it(tmp_path: Path) -> None:
+    (tmp_path / "both" / "deep").mkdir(parents=True)
+    (tmp_path / "images" / ".hidden").mkdir(parents=True)
+    for name in ("both/a.tar", "both/deep/x.jpg", "images/.hidden/y.jpg", "images/a.jpg", "images/labels.csv"):
+        (tmp_path / name).write_bytes(b"")
+    both, images = str(tmp_path / "both"), str(tmp_path / "images")
+    assert archive.list_archives([str(tmp_path / "both")]) == [both, f"{both}/a.tar"]
+    assert archive.list_archives([images, f"{images}/a.jpg", f"{images}/*.jpg"]) == [images]
+    assert archive.list_archives([f"{tmp_path}/*", f"{both}/deep"]) == [both, f"{both}/a.tar", images]
+    assert archive.list_archives([f"{images}/*.jpg"]) == [f"{images}/a.jpg"]
+    assert archive.list_archives([f"{images}/*.csv"]) == [f"{images}/labels.csv"]
+
+
+def test_a_pack_output_gives_its_shards(shards: Path) -> None:
+    found = archive.list_archives([str(shards)])
+    assert found == sorted(str(tar) for tar in shards.glob("*/*.tar"))
+
+
+def test_a_folder_that_links_to_itself_is_searched_once(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"")
+    (tmp_path / "again").symlink_to(tmp_path)
+    (tmp_path / "circle.tar").symlink_to(tmp_path / "circle.tar")
+    assert archive.list_archives([str(tmp_path)]) == [str(tmp_path / "a.tar")]
+
+
+@pytest.mark.parametrize("location", ["nowhere.tar", "*.zip", ".", "notes.md", "pipe.tar"])
 def test_a_location_without_archives_is_named(tmp_path: Path, location: str) -> None:
-    (tmp_path / "notes.txt").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"no such file|no \.tar archive"):
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "notes.md").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"no such file|no archive there"):
         archive.list_archives([f"{tmp_path}/{location}"])
     with pytest.raises(UsageError, match="no archive given"):
         archive.list_archives([])
 
 
-def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    plan = Plan([Chunk("000000", "/a/x.tar", 0, 2048, 2, 10240)], [BadArchive("/a/y.tar", "holds no images")])
-    assert archive.read_plan(str(tmp_path)) is None
-    archive.write_plan(str(tmp_path / "out"), plan, TERMS)
-    assert archive.read_plan(str(tmp_path / "out")) == (plan, TERMS)
-
-
-def test_a_damaged_plan_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / archive.PLAN).write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(TilefleetError, match=r"plan\.parquet: damaged"):
-        archive.read_plan(str(tmp_path))
-
-
-def test_terms_differ_only_in_what_was_asked_for() -> None:
-    other = TERMS.model_copy(update={"engine": "torch-bf16", "threads": 4})
-    assert TERMS.differences(other) == []
-    assert TERMS.differences(other.model_copy(update={"batch_size": 9, "archives": ()})) == ["archives", "batch_size"]
-
-
-def test_finished_chunks_are_known_from_names_alone(tmp_path: Path) -> None:
-    assert archive.finished(str(tmp_path)) == set()
-    (tmp_path / "predictions").mkdir()
-    for name in ("part-000003.parquet", "part-000001.parquet", ".part-000002.parquet.x1.tmp"):
-        (tmp_path / "predictions" / name).write_bytes(b"never opened")
-    assert archive.finished(str(tmp_path)) == {"000001", "000003"}
+def test_a_name_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.tar"
+    Path(os.fsdecode(name)).write_bytes(b"")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        archive.list_archives([str(tmp_path)])

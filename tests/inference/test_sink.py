@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import TilefleetError, UsageError
 from inference import sink
+from inference.predictor import Predictions
 from inference.sink import Summary
 
 CLASSES = ["Water", "Forest", "Crop"]
@@ -19,22 +22,35 @@ COUNTS = st.dictionaries(st.sampled_from("abc"), st.integers(0, 9))
 SUMMARIES = st.builds(Summary, tiles=st.integers(0, 9), tiles_by_class=COUNTS)
 
 
-def table(errors: list[str | None], probabilities: bool = False) -> pa.Table:
-    count = len(errors)
-    return sink.make_table(
-        "/a/x.tar",
-        [f"d/{number}" for number in range(count)],
-        errors,
-        np.array([-1 if error else number % 3 for number, error in enumerate(errors)], dtype=np.int32),
-        np.linspace(0.2, 0.9, count, dtype=np.float32),
-        np.array([number % 2 == 0 for number in range(count)]),
-        CLASSES,
-        np.full((count, 3), 1 / 3, dtype=np.float32) if probabilities else None,
+def predictions(errors: Sequence[str | None]) -> Predictions:
+    """What a model might say: classes in turn, every second tile unknown; what ends in ``!`` could not be decoded."""
+    failed = np.array([bool(error) for error in errors], dtype=bool)
+    numbers = np.arange(len(errors))
+    return Predictions(
+        class_id=np.where(failed, -1, numbers % 3).astype(np.int32),
+        confidence=np.linspace(0.2, 0.9, len(errors), dtype=np.float32),
+        probabilities=np.full((len(errors), 3), 1 / 3, dtype=np.float32),
+        is_unknown=~failed & (numbers % 2 == 0),
+        errors=["empty file" if error and not error.endswith("!") else error for error in errors],
+        seconds={"decode": 0.5, "forward": 1.5},
     )
 
 
-def test_a_row_is_a_class_or_an_error() -> None:
-    rows = table([None, "not an image", None]).to_pylist()
+def write(
+    out: Path, errors: Sequence[str | None], chunk: str = "00000000", batch: int = 1000, probabilities: bool = False
+) -> Summary:
+    """One part with a row for each of ``errors``, of which those that end in ``!`` came from decoding."""
+    part = sink.Part("/a/x.tar", CLASSES, probabilities=probabilities)
+    for start in range(0, len(errors), batch):
+        some = errors[start : start + batch]
+        unread = [None if error and error.endswith("!") else error for error in some]
+        part.add([f"d/{start + number}" for number in range(len(some))], unread, predictions(some))
+    return part.write(sink.part_location(str(out), chunk))
+
+
+def test_a_row_is_a_class_or_an_error(tmp_path: Path) -> None:
+    write(tmp_path, [None, "not an image!", None, "is a link"])
+    rows = sink.read_predictions(str(tmp_path)).to_pylist()
     assert rows[0]["class_name"] == "Water"
     assert rows[2] | {"confidence": None} == {
         "tile_id": "d/2",
@@ -52,62 +68,78 @@ def test_a_row_is_a_class_or_an_error() -> None:
         "class_name": None,
         "confidence": None,
         "is_unknown": False,
-        "error": "not an image",
+        "error": "not an image!",
     }
+    assert rows[3]["error"] == "is a link"
 
 
-@pytest.mark.parametrize("errors", [[None, None], ["bad", "bad"], ["bad", None]])
+@pytest.mark.parametrize("errors", [[None, None], ["bad", "bad!"], ["bad", None], []])
 def test_every_part_names_all_classes_in_order(tmp_path: Path, errors: list[str | None]) -> None:
-    sink.write_part(str(tmp_path), "000000", table(errors), Summary())
+    write(tmp_path, errors)
     read = sink.read_predictions(str(tmp_path))
     assert read.schema.equals(sink.SCHEMA)
-    assert read["class_name"].chunk(0).dictionary.to_pylist() == CLASSES
-    assert read.equals(table(errors))
+    assert read["error"].to_pylist() == errors
+    assert all(chunk.dictionary.to_pylist() == CLASSES for chunk in read["class_name"].chunks if len(chunk))
 
 
 def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
     for name in "ab":
-        part = table([None, "bad", None] * 700, probabilities=True)
-        sink.write_part(str(tmp_path / name), "000000", part, Summary(tiles=2100))
-    first, second = (Path(sink.part_location(str(tmp_path / name), "000000")).read_bytes() for name in "ab")
+        write(tmp_path / name, [None, "bad", None] * 700, probabilities=True)
+    first, second = (Path(sink.part_location(str(tmp_path / name), "00000000")).read_bytes() for name in "ab")
     assert first == second
 
 
+def test_rows_are_the_same_however_they_come_and_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[str | None] = [None, "bad", None, None] * 25
+    write(tmp_path / "whole", errors, batch=6)
+    monkeypatch.setattr(sink, "ROW_GROUP", 12)
+    write(tmp_path / "pieces", errors, batch=6)
+    assert pq.read_metadata(sink.part_location(str(tmp_path / "pieces"), "00000000")).num_row_groups == 9
+    whole, pieces = (sink.read_predictions(str(tmp_path / name)) for name in ("whole", "pieces"))
+    assert whole.equals(pieces)
+
+
 def test_probabilities_are_a_column_of_fixed_length_and_null_on_error(tmp_path: Path) -> None:
-    sink.write_part(str(tmp_path), "000000", table([None, "bad"], probabilities=True), Summary())
+    write(tmp_path, [None, "bad"], probabilities=True)
     read = sink.read_predictions(str(tmp_path))
     assert read.schema.field("probabilities").type == pa.list_(pa.float32(), 3)
     assert read["probabilities"].to_pylist() == [[pytest.approx(1 / 3)] * 3, None]
 
 
 def test_the_summary_counts_the_rows_and_is_read_from_the_footer(tmp_path: Path) -> None:
-    part = table([None, "bad", None, None, "bad"])
-    summary = sink.summarise(part, {"read": 1, "decode": 1}, {"read": 0.5})
+    summary = write(tmp_path, [None, "bad", None, None, "bad!"], batch=3)
     assert summary == Summary(
         tiles=5,
         classified=3,
         errors=2,
-        unknown=2,
+        unknown=3,
         errors_by_stage={"read": 1, "decode": 1},
         tiles_by_class={"Water": 2, "Forest": 0, "Crop": 1},
-        seconds={"read": 0.5},
+        seconds={"decode": 1.0, "forward": 3.0},
     )
-    sink.write_part(str(tmp_path), "000007", part, summary)
-    assert sink.read_summary(sink.part_location(str(tmp_path), "000007")) == summary
+    assert sink.read_summary(sink.part_location(str(tmp_path), "00000000")) == summary
+
+
+def test_damage_that_reading_found_is_in_the_summary(tmp_path: Path) -> None:
+    part = sink.Part("/a/x.tar.gz", CLASSES)
+    part.add(["a"], [None], predictions([None]))
+    part.write(sink.part_location(str(tmp_path), "00000003"), "cut short")
+    found = sink.read_summary(sink.part_location(str(tmp_path), "00000003"))
+    assert (found.bad_archives, found.tiles) == ({"/a/x.tar.gz": "cut short"}, 1)
 
 
 def test_predictions_come_in_the_order_of_chunks(tmp_path: Path) -> None:
-    for chunk, errors in (("000001", ["second"]), ("000000", ["first"])):
-        sink.write_part(str(tmp_path), chunk, table(list(errors)), Summary())
-    (tmp_path / "predictions" / ".part-000002.parquet.abc.tmp").write_bytes(b"half")
+    for chunk, error in (("00000001", "second"), ("00000000", "first")):
+        write(tmp_path, [error], chunk)
+    (tmp_path / "predictions" / ".part-0000000002.parquet.abc.tmp").write_bytes(b"half")
     assert sink.read_predictions(str(tmp_path))["error"].to_pylist() == ["first", "second"]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1"])
 def test_a_damaged_part_is_named(tmp_path: Path, content: bytes) -> None:
-    part = tmp_path / "part-000000.parquet"
+    part = tmp_path / "part-00000000.parquet"
     part.write_bytes(content)
-    with pytest.raises(TilefleetError, match=r"part-000000\.parquet: damaged"):
+    with pytest.raises(TilefleetError, match=r"part-00000000\.parquet: damaged"):
         sink.read_summary(str(part))
 
 

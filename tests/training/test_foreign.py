@@ -51,7 +51,7 @@ def test_evaluation_judges_the_threshold_as_classification_applies_it(
     assert (found["source"], found["images"], found["undecodable"]) == (str(strangers), 5, 1)
     assert found["threshold"] == load_bundle(calibrated)[1].unknown_threshold
     assert found["false_alarms"] <= 0.01  # the threshold was set on these very tiles
-    predictor = Predictor(calibrated, "cpu")
+    predictor = Predictor(calibrated, device="cpu")
     encoded = [path.read_bytes() for path in sorted(strangers.rglob("*.*"))]
     predicted = predictor.predict(encoded)
     assert found["flagged"] == pytest.approx(predicted.is_unknown.sum() / 5)

@@ -80,6 +80,17 @@ def test_an_extended_header_cannot_ask_for_memory_or_time() -> None:
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_an_extended_header_of_negative_size_is_damage(kind: bytes) -> None:
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type = kind
+    header = bytearray(info.tobuf())
+    header[124:136] = (-5000).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    assert "an extended header of" in str(scan_tar(io.BytesIO(bytes(header) + bytes(1 << 20))).damage)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_folders_between_files_are_passed_over(form: int) -> None:
     buffer = io.BytesIO()

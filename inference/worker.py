@@ -1,0 +1,112 @@
+"""What one worker of a classification does: a chunk of the plan comes in, its part file goes out.
+
+Plain Python and PyTorch; :mod:`inference.classify` spreads chunks over many of these. Equal chunks give equal rows,
+whoever classifies them and however often.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from cluster import storage
+from configs.errors import TilefleetError
+from inference import sink
+from inference.engines import choose
+from inference.plan import Chunk, PlanFile, Terms
+from inference.predictor import Predictor
+from inference.readers import Tile, Tiles, read_chunk
+from inference.sink import Summary
+from inference.suspects import find_deadly
+from training.bundle import read_info
+
+SAMPLE_TILES = 512
+"""Tiles on which engines are measured and checked."""
+
+ANSWER = pa.schema([("number", pa.int64()), ("summary", pa.string()), ("error", pa.string())])
+
+
+class ChunkClassifier:
+    """Loads the bundle once, then turns chunks into part files and answers with their summaries.
+
+    Where ``careful``, a chunk has ended a process before: its tiles are first decoded in processes of their own, and
+    those that end theirs again become rows with an error. A full disk is waited for, up to ``patience`` seconds.
+    """
+
+    def __init__(self, bundle: str, plan: PlanFile, careful: bool, patience: float) -> None:
+        self.bundle = bundle
+        self.plan = plan
+        self.out = plan.location.rpartition("/")[0]
+        self.careful = careful
+        self.patience = patience
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One row with the ``number`` of a chunk in; one row with it and ``summary`` (JSON) or ``error`` out.
+
+        Every error is an answer: one that is raised would be lost among those of processes that died.
+        """
+        number = batch["number"][0].as_py()
+        summary = error = None
+        try:
+            summary = self._classify(self.plan.read(number, number + 1)[0]).model_dump_json()
+        except TilefleetError as known:
+            error = str(known)
+        except Exception:
+            error = f"chunk {number} failed for a reason that is not known:\n{traceback.format_exc()}"
+        return pa.table({"number": [number], "summary": [summary], "error": [error]}, schema=ANSWER)
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        terms = self.plan.terms
+        return Predictor(self.bundle, terms.engine, terms.batch_size, terms.threads, terms.device)
+
+    def _classify(self, chunk: Chunk) -> Summary:
+        part = sink.part_location(self.out, chunk.id)
+        if storage.exists(part):  # an earlier try wrote it and died before it could answer
+            return sink.read_summary(part)
+        info = self._predictor.info
+        deadly = find_deadly(read_chunk(chunk), info.tile_size) if self.careful else {}
+        tiles, waiting = read_chunk(chunk), deque[Tile]()
+        rows = sink.Part(chunk.archive, info.classes, probabilities=self.plan.terms.probabilities)
+        for predictions in self._predictor.predict_stream(_encoded(tiles, waiting, deadly)):
+            batch = [waiting.popleft() for _ in predictions.errors]
+            rows.add([tile.tile_id for tile in batch], [tile.error for tile in batch], predictions)
+        if chunk.tiles not in (None, rows.summary.tiles):
+            raise TilefleetError(f"{chunk.archive}: {rows.summary.tiles} rows for {chunk.tiles} tiles of a chunk")
+        began = time.perf_counter()
+        summary = rows.write(part, tiles.damage, self.patience)
+        return summary.model_copy(update={"seconds": summary.seconds | {"write": time.perf_counter() - began}})
+
+
+def choose_engine(bundle: str, chunks: list[Chunk], wanted: dict[str, Any], careful: bool) -> dict[str, Any] | str:
+    """The terms ``wanted`` with the engine that suits this machine, measured on and checked with tiles of ``chunks``.
+
+    Where ``careful``, tiles that end the process that decodes them are left out. An error is an answer, in words.
+    """
+    terms = Terms.model_validate(wanted)
+    share = -(-SAMPLE_TILES // len(chunks))
+    try:
+        sample = [tile for chunk in chunks for tile in islice(read_chunk(chunk), share) if tile.data]
+        deadly = find_deadly(sample, read_info(bundle).tile_size) if careful else {}
+        encoded = [tile.data for number, tile in enumerate(sample) if tile.data and number not in deadly]
+        choice = choose(bundle, encoded, threads=terms.threads, engine=terms.engine, batch_size=terms.batch_size)
+    except TilefleetError as error:
+        return str(error)
+    trials = {name: trial.model_dump() for name, trial in choice.trials.items()}
+    return wanted | {"engine": choice.engine, "device": choice.device, "trials": trials}
+
+
+def _encoded(tiles: Tiles, waiting: deque[Tile], deadly: dict[int, str]) -> Iterator[bytes]:
+    """The data of ``tiles``, each of which waits for its prediction; none of one that is ``deadly`` or has no data."""
+    for number, tile in enumerate(tiles):
+        if number in deadly:
+            tile = Tile(tile.tile_id, None, deadly[number])
+        waiting.append(tile)
+        yield tile.data or b""
