@@ -22,7 +22,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from inference.forward import BATCH_SIZE, REFERENCE, Engine, find_device
 from training.bundle import is_unknown, load_bundle
-from training.decode import decode_tiles, jpeg_shape
+from training.decode import decode_tiles
+from training.encoded import jpeg_shape
 
 DECODE_THREADS = 8
 """Most threads that decode for a GPU, unless more are asked for."""

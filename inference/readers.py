@@ -18,7 +18,7 @@ from inference.ahead import in_order
 from inference.plan import Chunk
 from inference.scan import has_image_ending, is_tile_name
 from inference.streams import Forward, decompressed, opened
-from training.decode import MAX_ENCODED_BYTES, TileError
+from training.encoded import MAX_ENCODED_BYTES, TileError
 from training.shards import Member
 from training.tars import TarWalk
 

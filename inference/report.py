@@ -31,7 +31,8 @@ from inference import sink
 from inference.archive import PLAN, Chunk, read_chunk, read_plan
 from inference.page import read_json, read_png, render
 from training.bundle import INFO, read_info
-from training.decode import TileError, decode_image
+from training.decode import decode_image
+from training.encoded import TileError
 from training.shards import TileReader, fingerprint
 
 HISTOGRAM_BINS = 20

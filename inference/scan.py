@@ -18,7 +18,7 @@ from inference import zips
 from inference.lists import LISTS, listed
 from inference.streams import compression, opened
 from inference.zips import Damaged
-from training.decode import EXTENSIONS, MAX_ENCODED_BYTES, is_image_name
+from training.encoded import EXTENSIONS, MAX_ENCODED_BYTES, is_image_name
 from training.shards import Member
 from training.tars import TarWalk
 

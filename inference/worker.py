@@ -1,7 +1,7 @@
 """What one worker of a classification does: a chunk of the plan comes in, its part file goes out.
 
-Plain Python and PyTorch; :mod:`inference.classify` spreads chunks over many of these. Equal chunks give equal rows,
-whoever classifies them and however often.
+Plain Python and PyTorch, which is imported by the worker alone; :mod:`inference.classify` spreads chunks over many of
+these. Equal chunks give equal rows, whoever classifies them and however often.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from cluster import storage
 from configs.errors import TilefleetError
 from inference import sink
-from inference.engines import choose
 from inference.plan import Chunk, PlanFile, Terms
-from inference.predictor import Predictor
 from inference.readers import Tile, Tiles, read_chunk
 from inference.sink import Summary
 from inference.suspects import find_deadly
 from training.bundle import read_info
+
+if TYPE_CHECKING:
+    from inference.predictor import Predictor
 
 SAMPLE_TILES = 512
 """Tiles on which engines are measured and checked."""
@@ -64,6 +65,8 @@ class ChunkClassifier:
 
     @cached_property
     def _predictor(self) -> Predictor:
+        from inference.predictor import Predictor
+
         terms = self.plan.terms
         return Predictor(self.bundle, terms.engine, terms.batch_size, terms.threads, terms.device)
 
@@ -90,6 +93,8 @@ def choose_engine(bundle: str, chunks: list[Chunk], wanted: dict[str, Any], care
 
     Where ``careful``, tiles that end the process that decodes them are left out. An error is an answer, in words.
     """
+    from inference.engines import choose
+
     terms = Terms.model_validate(wanted)
     share = -(-SAMPLE_TILES // len(chunks))
     try:

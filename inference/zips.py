@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from training.decode import MAX_ENCODED_BYTES, TileError
+from training.encoded import MAX_ENCODED_BYTES, TileError
 
 LOCAL_BYTES = 30
 """Bytes of the header that stands before an entry's data, without its name and extra fields."""

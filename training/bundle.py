@@ -2,27 +2,27 @@
 
 A folder: ``model.safetensors`` holds the weights, ``unknown.safetensors``, once the bundle is calibrated, where the
 features of training tiles lie, and ``bundle.json`` everything needed to use them. All are covered by sha256 digests, so
-a bundle that was cut or changed is refused. Nothing in it is a pickle.
+a bundle that was cut or changed is refused. Nothing in it is a pickle. What looks at no weights
+imports no PyTorch.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import Field, ValidationError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Sealed
-from training import models
-from training.augment import normalise
-from training.judge import Judge, Reference
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from training.judge import Judge, Reference
 
 WEIGHTS = "model.safetensors"
 REFERENCE = "unknown.safetensors"
@@ -55,6 +55,8 @@ class BundleInfo(Sealed):
 
 def save_bundle(location: str | Path, model: nn.Module, info: BundleInfo) -> BundleInfo:
     """Write an uncalibrated bundle; ``bundle.json`` comes last, so an interrupted save is seen as a changed bundle."""
+    from safetensors.torch import save as save_safetensors
+
     weights = save_safetensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     )
@@ -68,6 +70,8 @@ def save_calibration(
     location: str | Path, info: BundleInfo, temperature: float, reference: Reference, unknown_threshold: float
 ) -> BundleInfo:
     """Give a saved bundle, whose info is ``info``, what was found on its validation split."""
+    from safetensors.torch import save as save_safetensors
+
     data = save_safetensors(vars(reference))
     found = {"temperature": temperature, "unknown_threshold": unknown_threshold}
     info = info.model_copy(update=found | {"reference_sha256": hashlib.sha256(data).hexdigest()}).sealed()
@@ -107,6 +111,11 @@ def check_bundle(location: str | Path) -> BundleInfo:
 
 def load_bundle(location: str | Path) -> tuple[Judge, BundleInfo]:
     """The trained model in evaluation mode, on the CPU, and its info; raises where any part is missing or changed."""
+    from safetensors.torch import load as load_safetensors
+
+    from training import models
+    from training.judge import Judge, Reference
+
     info = read_info(location)
     weights = _read(location, WEIGHTS, info.weights_sha256)
     model = models.build(info.architecture, len(info.classes), info.tile_size, **info.arguments)
@@ -128,6 +137,10 @@ def judge_pixels(judge: Judge, info: BundleInfo, pixels: Tensor, device: torch.d
     Evaluation and inference both judge these numbers: float32 on the CPU, bfloat16 autocast on a GPU. ``judge`` must
     be on ``device``.
     """
+    import torch
+
+    from training.augment import normalise
+
     kind = torch.device(device).type
     with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
         found: tuple[Tensor, Tensor] = judge(normalise(pixels.to(device), info.mean, info.std))
@@ -137,6 +150,8 @@ def judge_pixels(judge: Judge, info: BundleInfo, pixels: Tensor, device: torch.d
 def is_unknown(info: BundleInfo, distances: Tensor) -> Tensor:
     """Which tiles are unknown by their distances ``[B]``: bool ``[B]``."""
     if info.unknown_threshold is None:
+        import torch
+
         return torch.zeros_like(distances, dtype=torch.bool)
     return ~(distances <= info.unknown_threshold)  # so NaN is unknown
 

@@ -7,10 +7,8 @@ or returns a reason of the form ``cause`` or ``cause: detail``, so that reports 
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -19,14 +17,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as vision
 
-MAX_ENCODED_BYTES = 64 << 20
-"""Largest image file that is read, in bytes."""
-
-MAX_PIXELS = 4096 * 4096
-"""Largest image that is decoded, height x width."""
-
-EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2"})
-"""File name endings, lower case, that are taken for images."""
+from training.encoded import MAX_ENCODED_BYTES, MAX_PIXELS, TileError, jpeg_shape
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000")
 _FORMAT_EXTENSION = {
@@ -41,34 +32,6 @@ _FORMAT_EXTENSION = {
 }
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is an error instead
-
-
-class TileError(Exception):
-    """An image that cannot be used; the text is ``cause`` or ``cause: detail``."""
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image: a known ending, not hidden, not macOS litter."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") and part not in (".", "..") for part in path.parts)
-    return not hidden and "__MACOSX" not in path.parts and path.suffix[1:].lower() in EXTENSIONS
-
-
-def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
-    """Height, width and components of a plain JPEG from its frame header (ITU T.81, B.2.2); None for anything else."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width, components = struct.unpack_from(">HHB", data, at + 5)
-            return (height, width, components) if data[at + 4] == 8 else None
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
 
 
 def decode_image(data: bytes) -> Tensor:

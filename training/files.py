@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
-from training.decode import MAX_ENCODED_BYTES, TileError, is_image_name
+from training.encoded import MAX_ENCODED_BYTES, TileError, is_image_name
 
 
 class Listing:

@@ -16,7 +16,8 @@ import torch
 from configs.errors import TilefleetError
 from training.bundle import BundleInfo, is_unknown, judge_pixels
 from training.calibrate import Progress
-from training.decode import TileError, decode_image, resize
+from training.decode import decode_image, resize
+from training.encoded import TileError
 from training.images import Entry
 from training.judge import Judge
 from training.plots import plot_unknown

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
-from training.decode import MAX_ENCODED_BYTES, TileError, is_image_name
+from training.encoded import MAX_ENCODED_BYTES, TileError, is_image_name
 from training.shards import INDEX, load_index, load_tiles, scan_tar
 
 

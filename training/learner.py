@@ -30,6 +30,7 @@ from training.optim import class_weights, make_optimizer
 from training.randomness import replace_dropout, set_tile_keys, symmetric_beta
 from training.sampler import rank_slice
 from training.shards import Index
+from training.weights import initialise
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,7 +43,7 @@ def untrained(recipe: Recipe, index: Index, *, fresh: bool = True) -> nn.Module:
     torch.manual_seed(recipe.seed)
     model = models.build(recipe.model.name, len(index.classes), index.tile_size, **recipe.model.arguments)
     if fresh and recipe.model.weights:
-        models.initialise(recipe.model.name, model, recipe.model.weights)
+        initialise(recipe.model.name, model, recipe.model.weights)
     return model
 
 

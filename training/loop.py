@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from training.determinism import deterministic
 from training.learner import Learner
 from training.loader import Batch, RankLoader
 from training.optim import rate
+from training.process import process_group
 from training.progress import Pending, Progress
 from training.sampler import Sampler
 from training.shards import Index, TileReader, fingerprint, load_index
@@ -248,46 +247,10 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
 
-def set_up(device: torch.device) -> None:
-    """Set up a process for training on ``device``; of no use to what shares its process with other work.
-
-    Weights that no longer move have gradients and moments so small that a CPU takes many times as long for each
-    operation on them; there they count as 0. And each step takes and frees the same memory: glibc would give it back to
-    the system in between, which clears every page of it again for the next step.
-    """
-    if device.type == "cpu":
-        torch.set_flush_denormal(True)
-        _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Let the allocator of this process keep what is freed, where it is glibc's."""
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h; M_MMAP_THRESHOLD takes up to 32 MiB, larger blocks are few
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-@contextmanager
-def process_group() -> Iterator[torch.device]:
-    """The device of this process, set up and within the group that ``torchrun`` started, where it did."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    set_up(device)
-    try:
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def main(arguments: list[str]) -> None:
     """Run a recipe under ``torchrun`` or alone, without Ray."""
+    import os
+
     from configs.schema import load_recipe
     from training.train import check, find_run, write_config
 

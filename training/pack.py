@@ -23,7 +23,8 @@ from webdataset import TarWriter
 
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
-from training.decode import TileError, decode_image, resize
+from training.decode import decode_image, resize
+from training.encoded import TileError
 from training.raw import first_few
 from training.shards import INDEX, MARKER, SPLITS, TILES, TILES_SCHEMA, Index, Shard, save_index
 from training.sources import RawTile, open_source

@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from configs.schema import load_recipe
 from training.decode import decode_tiles
-from training.loop import Trainer, process_group
+from training.loop import Trainer
+from training.process import process_group
 from training.sampler import Positions, rank_slice
 
 BATCHES = 64

@@ -227,7 +227,8 @@ def _verify_shard(location: str, shard: Shard, rows: list[dict[str, Any]], class
 
 
 def _verify_tar(location: str) -> Iterator[Problem]:
-    from training.decode import MAX_ENCODED_BYTES, TileError, decode_image, is_image_name
+    from training.decode import decode_image
+    from training.encoded import MAX_ENCODED_BYTES, TileError, is_image_name
 
     with storage.open_input(location) as stream:
         scan = scan_tar(stream)

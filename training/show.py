@@ -27,7 +27,8 @@ from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
 from training.augment import augment
 from training.cache import EncodedTiles
-from training.decode import TileError, decode_image
+from training.decode import decode_image
+from training.encoded import TileError
 from training.images import Entry, list_images
 from training.sampler import Epoch, Positions, Sampler
 from training.shards import TileReader, load_index

@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from training.decode import TileError, decode_image, image_extension, resize
+from training.decode import decode_image, image_extension, resize
+from training.encoded import TileError
 from training.sources import RawTile, Source
 
 Progress = Callable[[str, int, int], None]

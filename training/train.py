@@ -162,7 +162,8 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from training.loop import Trainer, set_up
+    from training.loop import Trainer
+    from training.process import set_up
 
     recipe, command = Recipe.model_validate(config["recipe"]), config["command"]
     if not checkpoint.is_current(recipe.run, command):

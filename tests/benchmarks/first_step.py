@@ -58,7 +58,7 @@ def _watch(command: list[str], run: str) -> tuple[float, list[Process]]:
     found: dict[int, Process] = {}
     try:
         while running.poll() is None:
-            found |= _alive(began)
+            found |= alive(began)
             status = read_status(run)
             if status and status.done_tiles:
                 return time.time() - began, list(found.values())
@@ -69,7 +69,7 @@ def _watch(command: list[str], run: str) -> tuple[float, list[Process]]:
         running.wait()
 
 
-def _alive(began: float) -> dict[int, Process]:
+def alive(began: float) -> dict[int, Process]:
     """The processes of the command that are alive, which are all that this one has started."""
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     processes = {}

@@ -16,7 +16,7 @@ from configs.errors import UsageError
 from inference import archive
 from inference.scan import CHUNK_BYTES, is_tile_name, split
 from tests.archives import planned, tiles_of, write_tar
-from training.decode import MAX_ENCODED_BYTES, is_image_name
+from training.encoded import MAX_ENCODED_BYTES, is_image_name
 from training.shards import Member, scan_tar
 
 LONG = "nested/" * 30 + "a-name-over-one-hundred-characters-" * 4

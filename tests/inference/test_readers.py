@@ -17,7 +17,7 @@ from tests.archives import planned, tar_bytes, tiles_of, write_tar
 from tests.inference.test_streams import PACKERS
 from tests.inference.test_zips import zip_bytes
 from tests.object_store import ObjectStore
-from training.decode import MAX_ENCODED_BYTES
+from training.encoded import MAX_ENCODED_BYTES
 
 IMAGES = [("x.jpg", b"1"), ("y.jpg", b"2"), ("z.jpg", b"3")]
 

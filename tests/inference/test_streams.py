@@ -17,7 +17,7 @@ import pytest
 from inference import streams
 from inference.readers import Tile, Tiles, read_chunk
 from tests.archives import planned, tar_bytes
-from training.decode import MAX_ENCODED_BYTES
+from training.encoded import MAX_ENCODED_BYTES
 
 Pack = Callable[[bytes], bytes]
 PACKERS: dict[str, Pack] = {

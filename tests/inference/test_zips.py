@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from inference import scan
 from inference.readers import Tile, read_chunk
 from tests.archives import planned, tiles_of
-from training.decode import MAX_ENCODED_BYTES
+from training.encoded import MAX_ENCODED_BYTES
 
 IMAGES = [("a/1.jpg", b"one" * 300), ("a/1.txt", b"no image"), ("b/é.PNG", b"two"), ("b/3.tif", b"")]
 

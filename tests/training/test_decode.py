@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from training import decode
-from training.decode import (
-    TileError,
-    decode_image,
-    decode_tiles,
-    image_extension,
-    is_image_name,
-    jpeg_shape,
-    resize,
-)
+from training.decode import decode_image, decode_tiles, image_extension, resize
+from training.encoded import TileError, is_image_name, jpeg_shape
 
 SIDE = 16
 NOISE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from configs.errors import TilefleetError, UsageError
-from training.decode import MAX_ENCODED_BYTES, TileError
+from training.encoded import MAX_ENCODED_BYTES, TileError
 from training.sources import RawTile, Source, open_source
 
 
