@@ -138,12 +138,15 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     foreign: Annotated[str | None, typer.Option(help="Images of anything else, to judge `unknown` by.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for figures and plots.")] = None,
+    engines: Annotated[bool, typer.Option("--engines", help="Also say what each engine costs in accuracy.")] = False,
 ) -> None:
     """Measure a bundle on a labelled split.
 
     Accuracy, per-class scores, confusion and calibration, as numbers and plots.
     """
     _evaluate(bundle, shards, split, out, foreign)
+    if engines:
+        _compare_engines(bundle, shards, split)
 
 
 @app.command()
@@ -335,6 +338,17 @@ def _evaluate(bundle: str, shards: str, split: str, out: str | None, foreign: st
     print(f"accuracy on {split}: {result['accuracy']:.2%} of {result['tiles']} tiles")
     if foreign:
         print(f"unknown: {describe(result['foreign'])}")
+
+
+def _compare_engines(bundle: str, shards: str, split: str) -> None:
+    from inference.engines import on_split
+
+    with progress_line() as show:
+        found = on_split(bundle, shards, split, show)
+    print(f"{'engine':15}accuracy   torch's  other class  other unknown")
+    for name, one in found.items():
+        scores = f"{one.accuracy:9.2%} {one.reference_accuracy:9.2%}"
+        print(f"{name:14}{scores} {one.other_class:12d} {one.other_unknown:14d}")
 
 
 def _classify(bundle: str, archives: list[str], out: str, settings: list[str]) -> None:

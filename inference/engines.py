@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -19,6 +19,7 @@ from configs.errors import TilefleetError
 from inference.forward import BATCH_SIZE, ENGINES, REFERENCE, Engine, find_device, missing, require
 from training.bundle import BundleInfo, is_unknown, load_bundle
 from training.decode import decode_tiles
+from training.shards import TileReader
 
 SECONDS, REFERENCE_SECONDS = 1.0, 3.0
 """How long an engine is measured, and how long the reference may take over the sample."""
@@ -166,6 +167,26 @@ def agreement(
     expected, found = (_joined(answer) for answer in answers)
     known = None if labels is None else torch.as_tensor(labels)[decoded]
     return compare(info, expected, found, known)
+
+
+def on_split(
+    bundle: str, shards: str, split: str, progress: Callable[[str, int, int], None] | None = None
+) -> dict[str, Agreement]:
+    """What each engine of this machine costs in accuracy on the tiles of ``split``, the reference itself left out."""
+    device, reader = find_device("auto"), TileReader(shards, split)
+    labels = reader.labels.tolist()
+    found: dict[str, Agreement] = {}
+    for name in (name for name in ENGINES[device] if name != REFERENCE and not missing(name, device)):
+
+        def tiles(name: str = name) -> Iterator[bytes]:
+            for start in range(0, len(reader), BATCH_SIZE):
+                stop = min(start + BATCH_SIZE, len(reader))
+                yield from reader.read(range(start, stop))
+                if progress:
+                    progress(f"engines, {name}", stop, len(reader))
+
+        found[name] = agreement(bundle, name, tiles(), labels, device)
+    return found
 
 
 def compare(
