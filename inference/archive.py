@@ -1,15 +1,13 @@
 """What there is to classify: archives behind the locations that a user names.
 
 An archive is a tar, plain or compressed (gzip, bzip2, xz, zstd), a zip, a folder of images, a list of paths or a single
-image. :mod:`inference.plan` cuts them into chunks, :mod:`inference.readers` makes those tiles again; the names of both
-that others need are here too.
+image. :mod:`inference.plan` cuts them into chunks, :mod:`inference.readers` makes those tiles again.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -17,43 +15,12 @@ from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from inference.lists import LISTS
 from inference.plan import PLAN as PLAN
-from inference.plan import BadArchive as BadArchive
-from inference.plan import Chunk as Chunk
-from inference.plan import PlanFile as PlanFile
-from inference.plan import PlanInfo as PlanInfo
-from inference.plan import Progress as Progress
-from inference.plan import Terms as Terms
-from inference.plan import chunk_id as chunk_id
-from inference.plan import finished as finished
-from inference.plan import open_plan as open_plan
-from inference.plan import write_plan as write_plan
-from inference.readers import Tile as Tile
-from inference.readers import Tiles as Tiles
 from inference.readers import read_chunk as read_chunk
 from inference.scan import is_tile_name, walk_files
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 ENDINGS = (".tar", ".zip", *COMPRESSED)
 """File name endings, lower case, that are taken for archives; what such a file is, its content decides."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A plan with all its chunks in memory."""
-
-    chunks: list[Chunk]
-    bad: list[BadArchive]
-
-    @property
-    def tiles(self) -> int:
-        """Tiles in all chunks whose tiles were counted."""
-        return sum(chunk.tiles or 0 for chunk in self.chunks)
-
-
-def read_plan(out: str) -> tuple[Plan, Terms] | None:
-    """All of the plan kept in ``out``, and its terms; :func:`inference.plan.open_plan` holds less."""
-    saved = open_plan(out)
-    return (Plan(list(saved), saved.bad), saved.terms) if saved else None
 
 
 def list_archives(locations: Sequence[str]) -> list[str]:

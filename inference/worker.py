@@ -28,8 +28,8 @@ from training.bundle import read_info
 if TYPE_CHECKING:
     from inference.predictor import Predictor
 
-SAMPLE_TILES = 512
-"""Tiles on which engines are measured and checked."""
+SAMPLE_TILES, SAMPLE_CHUNKS = 512, 4
+"""Tiles on which engines are measured and checked, and from how many chunks they are: each may be read whole."""
 
 ANSWER = pa.schema([("number", pa.int64()), ("summary", pa.string()), ("error", pa.string())])
 
@@ -96,9 +96,10 @@ def choose_engine(bundle: str, chunks: list[Chunk], wanted: dict[str, Any], care
     from inference.engines import choose
 
     terms = Terms.model_validate(wanted)
-    share = -(-SAMPLE_TILES // len(chunks))
+    some = chunks[:: -(-len(chunks) // SAMPLE_CHUNKS)]
+    share = -(-SAMPLE_TILES // len(some))
     try:
-        sample = [tile for chunk in chunks for tile in islice(read_chunk(chunk), share) if tile.data]
+        sample = [tile for chunk in some for tile in islice(read_chunk(chunk), share) if tile.data]
         deadly = find_deadly(sample, read_info(bundle).tile_size) if careful else {}
         encoded = [tile.data for number, tile in enumerate(sample) if tile.data and number not in deadly]
         choice = choose(bundle, encoded, threads=terms.threads, engine=terms.engine, batch_size=terms.batch_size)

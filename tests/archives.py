@@ -1,16 +1,23 @@
-"""Archives that tests make, and the tiles that a plan of them gives back."""
+"""Archives and models that tests make, and what a plan and a run of them give back."""
 
 from __future__ import annotations
 
 import io
 import tarfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from configs.errors import TilefleetError
 from inference.plan import BadArchive, Chunk, Terms, open_plan, write_plan
 from inference.readers import Tile, read_chunk
+
+CLASSES = ["Water", "Forest", "Crop"]
+"""Of the models made here, which take tiles of 32 pixels."""
 
 TERMS = Terms(
     bundle_digest="d",
@@ -44,6 +51,39 @@ def tar_bytes(files: Sequence[tuple[str, bytes]], tar_format: int = tarfile.PAX_
 def write_tar(path: Path, files: Sequence[tuple[str, bytes]], tar_format: int = tarfile.PAX_FORMAT) -> Path:
     path.write_bytes(tar_bytes(files, tar_format))
     return path
+
+
+@cache
+def jpeg(number: int) -> bytes:
+    """A tile of noise, another for each number."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tile_files(count: int, first: int = 0) -> list[tuple[str, bytes]]:
+    """Names and bytes of so many different tiles."""
+    return [(f"t/{number}.jpg", jpeg(number)) for number in range(first, first + count)]
+
+
+def save_model(folder: Path, seed: int = 0) -> str:
+    """The bundle of an untrained network."""
+    import torch
+
+    from training.bundle import BundleInfo, save_bundle
+    from training.models import build
+
+    torch.manual_seed(seed)
+    info = BundleInfo(architecture="cnn", classes=CLASSES, tile_size=32, mean=[0.5] * 3, std=[0.25] * 3)
+    save_bundle(folder, build("cnn", len(CLASSES), 32), info)
+    return str(folder)
+
+
+def parts(out: Path) -> dict[str, tuple[int, int]]:
+    """Name of each part -> when it was written and its inode, which a rewrite would change."""
+    found = {path.name: path.stat() for path in (out / "predictions").glob("part-*.parquet")}
+    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
 
 
 def planned(archives: Sequence[object], out: Path, tiles_per_chunk: int = 1000) -> Planned:

@@ -1,77 +1,43 @@
-"""Archives become predictions, each tile exactly once, whatever is killed, full or damaged on the way."""
+"""Archives become predictions, each tile exactly once, and a run that was begun is finished by the same command."""
 
 from __future__ import annotations
 
-import io
+import gzip
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+import zipfile
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 import pytest
-import torch
-from PIL import Image
 from pydantic import ValidationError
 
+import tilefleet
 from cluster.records import read_status
 from configs.errors import TilefleetError, UsageError
-from inference.classify import SUCCESS, ClassifyConfig, Totals, classify
+from inference import classify as driver
+from inference.classify import ClassifyConfig, classify
+from inference.ledger import SUCCESS, Totals
+from inference.plan import open_plan
 from inference.sink import read_predictions
-from training.bundle import BundleInfo, save_bundle
-from training.models import build
+from tests.archives import CLASSES, jpeg, parts, save_model, tar_bytes, tile_files, write_tar
+from tests.runs import ROOT
 
-ROOT = Path(__file__).parents[2]
-CLASSES = ["Water", "Forest", "Crop"]
 CHUNKS = 34
-SMALL = ClassifyConfig(tiles_per_chunk=10, workers=1)
-Run = tuple[Path, Totals, list[tuple[str, int, int]]]
-DRIVER = """
+SMALL = ClassifyConfig(tiles_per_chunk=10, workers=1, engine="torch")
+FINISHED = """
 import sys
 from inference.classify import ClassifyConfig, classify
 bundle, archives, out = sys.argv[1:]
-classify(bundle, [archives], out, ClassifyConfig(tiles_per_chunk=10, workers=1))
+print(classify(bundle, [archives], out, ClassifyConfig(tiles_per_chunk=10, engine="torch")).tiles)
+print(*{"ray", "torch"} & sys.modules.keys())
 """
-
-
-def save(folder: Path, seed: int = 0) -> str:
-    torch.manual_seed(seed)
-    info = BundleInfo(architecture="cnn", classes=CLASSES, tile_size=32, mean=[0.5] * 3, std=[0.25] * 3)
-    save_bundle(folder, build("cnn", 3, 32), info)
-    return str(folder)
-
-
-def jpeg(number: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, files: Sequence[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def write_tiles(path: Path, count: int, first: int = 0) -> Path:
-    return write_tar(path, [(f"t/{number}.jpg", jpeg(number)) for number in range(first, first + count)])
-
-
-def parts(out: Path) -> dict[str, tuple[int, int]]:
-    """Name of each part -> when it was written and its inode, which a rewrite would change."""
-    found = {path.name: path.stat() for path in (out / "predictions").glob("part-*.parquet")}
-    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
+Run = tuple[Path, Totals, list[tuple[str, int, int]]]
 
 
 def state(out: Path) -> str:
@@ -82,18 +48,18 @@ def state(out: Path) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(tmp_path_factory.mktemp("model") / "bundle")
+    return save_model(tmp_path_factory.mktemp("model") / "bundle")
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tars: a whole one, one with tiles that cannot be used, one that is cut inside its last tile."""
     folder = tmp_path_factory.mktemp("archives")
-    write_tiles(folder / "a.tar", 300)
+    write_tar(folder / "a.tar", tile_files(300))
     bad = [("bad/empty.jpg", b""), ("bad/text.jpg", b"no image"), ("../bad/up.jpg", jpeg(1))]
-    good = [(f"t/{number}.jpg", jpeg(number)) for number in range(300, 317)]
+    good = tile_files(17, first=300)
     write_tar(folder / "b.tar", [*good[:8], *bad, *good[8:]])
-    cut = write_tiles(folder / "c.tar", 15, first=320)
+    cut = write_tar(folder / "c.tar", tile_files(15, first=320))
     with tarfile.open(cut) as tar:
         last = tar.getmembers()[-1]
     os.truncate(cut, last.offset_data + 100)
@@ -105,14 +71,18 @@ def run(ray_session: None, model: str, archives: Path, tmp_path_factory: pytest.
     """One uninterrupted run over the three archives with two workers: its folder, totals and progress."""
     out = tmp_path_factory.mktemp("run") / "out"
     seen: list[tuple[str, int, int]] = []
-    totals = classify(
-        model,
-        [str(archives)],
-        str(out),
-        ClassifyConfig(tiles_per_chunk=10, workers=2),
-        lambda *step: seen.append(step),
-    )
+    config = SMALL.model_copy(update={"workers": 2})
+    totals = classify(model, [str(archives)], str(out), config, lambda *step: seen.append(step))
     return out, totals, seen
+
+
+@pytest.fixture
+def unfinished(run: Run, tmp_path: Path) -> Path:
+    """A copy of the run in which the first chunk of ``a.tar`` and one of ``b.tar`` are not done."""
+    out = shutil.copytree(run[0], tmp_path / "unfinished")
+    for name in (SUCCESS, "predictions/part-00000000.parquet", "predictions/part-00000031.parquet"):
+        (out / name).unlink()
+    return out
 
 
 @pytest.mark.ray
@@ -130,7 +100,7 @@ def test_every_tile_is_one_row(run: Run, archives: Path) -> None:
     assert sum(totals.tiles_by_class.values()) == 331
     assert [bad.archive for bad in totals.bad_archives] == [str(archives / "c.tar")]
     assert "cut short" in totals.bad_archives[0].reason
-    assert (totals.chunks, totals.engine) == (CHUNKS, "torch-f32")
+    assert (totals.chunks, totals.engine) == (CHUNKS, "torch")
     assert seen[:3] == [("plan", 1, 3), ("plan", 2, 3), ("plan", 3, 3)]
     assert seen[3] == ("classify", 0, 335)
     assert seen[-1] == ("classify", 335, 335)
@@ -159,131 +129,154 @@ def test_a_finished_run_answers_at_once_and_opens_nothing(run: Run, model: str, 
         began = time.monotonic()
         assert classify(model, [str(archives)], str(out), SMALL) == totals
         assert time.monotonic() - began < 1
+        command = [sys.executable, "-c", FINISHED, model, str(archives), str(out)]
+        alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     finally:
         hidden.rename(archives)
+    assert alone.stdout.splitlines() == ["335", ""]
 
 
 @pytest.mark.ray
 def test_a_folder_with_another_run_is_refused(run: Run, model: str, archives: Path, tmp_path: Path) -> None:
     out, _, _ = run
     with pytest.raises(UsageError, match=r"another run \(other bundle_digest\)"):
-        classify(save(tmp_path / "other", seed=1), [str(archives)], str(out), SMALL)
+        classify(save_model(tmp_path / "other", seed=1), [str(archives)], str(out), SMALL)
     with pytest.raises(UsageError, match=r"another run \(other archives\)"):
         classify(model, [str(archives / "a.tar")], str(out), SMALL)
-    with pytest.raises(UsageError, match=r"another run \(other tiles_per_chunk\)"):
-        classify(model, [str(archives)], str(out))
+    with pytest.raises(UsageError, match=r"another run \(other tiles_per_chunk, engine\)"):
+        classify(model, [str(archives)], str(out), ClassifyConfig(engine="openvino"))
 
 
 @pytest.mark.ray
 def test_a_resumed_run_opens_only_archives_that_are_not_done(
-    run: Run, model: str, archives: Path, tmp_path: Path
+    run: Run, model: str, archives: Path, unfinished: Path, tmp_path: Path
 ) -> None:
     whole, totals, _ = run
-    out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    (out / SUCCESS).unlink()
-    (out / "predictions" / "part-000031.parquet").unlink()  # of b.tar
-    kept = parts(out)
-    for name in ("a.tar", "c.tar"):
-        (archives / name).rename(tmp_path / name)
+    kept = parts(unfinished)
+    (archives / "c.tar").rename(tmp_path / "c.tar")
     try:
-        again = classify(model, [str(archives)], str(out), SMALL)
+        again = classify(model, [str(archives)], str(unfinished), SMALL)
     finally:
-        for name in ("a.tar", "c.tar"):
-            (tmp_path / name).rename(archives / name)
+        (tmp_path / "c.tar").rename(archives / "c.tar")
     changes = {"seconds": again.seconds, "tiles_per_second": again.tiles_per_second}
     assert again == totals.model_copy(update=changes)
-    assert parts(out).items() >= kept.items()
-    assert read_predictions(str(out)).equals(read_predictions(str(whole)))
-
-
-@pytest.mark.ray
-def test_more_workers_than_cpus_are_refused(ray_session: None, model: str, archives: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="workers=64: the cluster has 4 CPUs"):
-        classify(model, [str(archives)], str(tmp_path), ClassifyConfig(workers=64))
+    assert parts(unfinished).items() >= kept.items()
+    assert read_predictions(str(unfinished)).equals(read_predictions(str(whole)))
 
 
 @pytest.mark.ray
 def test_an_archive_changed_since_the_plan_stops_the_run_in_one_line(
-    run: Run, model: str, archives: Path, tmp_path: Path
+    unfinished: Path, model: str, archives: Path
 ) -> None:
-    whole, _, _ = run
-    out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    (out / SUCCESS).unlink()
-    (out / "predictions" / "part-000000.parquet").unlink()
     content = (archives / "a.tar").read_bytes()
     (archives / "a.tar").write_bytes(content + b"more")
     try:
         with pytest.raises(TilefleetError, match=r"a\.tar: changed since it was planned") as caught:
-            classify(model, [str(archives)], str(out), SMALL)
+            classify(model, [str(archives)], str(unfinished), SMALL)
     finally:
         (archives / "a.tar").write_bytes(content)
     assert "\n" not in str(caught.value)
-    status = read_status(out)
+    status = read_status(unfinished)
     assert status is not None
     assert (status.state, status.error) == ("failed", str(caught.value))
 
 
 @pytest.mark.ray
-def test_a_worker_that_is_killed_is_replaced_and_its_chunk_done_again(
+def test_archives_of_all_kinds_make_one_table(ray_session: None, model: str, tmp_path: Path) -> None:
+    files = tile_files(12)
+    source = tmp_path / "source"
+    source.mkdir()
+    write_tar(source / "plain.tar", files)
+    (source / "gzip.tar.gz").write_bytes(gzip.compress(tar_bytes(files)))
+    (source / "zstd.tar.zst").write_bytes(pa.compress(tar_bytes(files), "zstd", asbytes=True))
+    with zipfile.ZipFile(source / "z.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in files:
+            file.writestr(name, data)
+    for name, data in files:
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    (tmp_path / "list.txt").write_text("".join(f"folder/{name}\n" for name, _ in files))
+    config = SMALL.model_copy(update={"workers": 4, "probabilities": True})
+    places = [str(tmp_path / name) for name in ("source/*", "folder", "list.txt")]
+    totals = classify(model, places, str(tmp_path / "out"), config)
+    rows = read_predictions(str(tmp_path / "out"))
+    assert (totals.tiles, totals.classified, totals.bad_archives) == (72, 72, [])
+    by_archive: dict[str, list[object]] = {}
+    for row in rows.to_pylist():
+        by_archive.setdefault(row.pop("archive"), []).append(row | {"tile_id": row["tile_id"].removeprefix("folder/")})
+    assert len(by_archive) == 6
+    first, *others = by_archive.values()
+    assert all(other == first for other in others)
+
+
+@pytest.mark.ray
+def test_damage_in_a_compressed_tar_is_found_by_reading_it_and_fails_the_command(
+    ray_session: None, model: str, tmp_path: Path
+) -> None:
+    whole = gzip.compress(tar_bytes(tile_files(30)), 1)
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+    command = (model, [str(tmp_path / "cut.tar.gz")], str(tmp_path / "out"), ["engine=torch"])
+    for _ in range(2):  # a finished run says it again
+        with pytest.raises(TilefleetError, match="1 archives are bad; what could be read is classified") as caught:
+            tilefleet._classify(*command)
+        assert caught.value.exit_code == 1
+    totals = Totals.model_validate_json((tmp_path / "out" / SUCCESS).read_bytes())
+    assert [bad.archive for bad in totals.bad_archives] == command[1]
+    assert "cut short" in totals.bad_archives[0].reason
+    rows = read_predictions(command[2])
+    assert 10 < totals.classified < 20
+    assert rows["tile_id"].to_pylist() == [f"t/{number}" for number in range(totals.tiles)]
+    assert rows["error"].null_count == totals.classified >= totals.tiles - 1
+
+
+@pytest.mark.ray
+def test_too_many_bad_tiles_stop_the_run_and_a_higher_limit_finishes_it(
     run: Run, model: str, archives: Path, tmp_path: Path
 ) -> None:
-    whole, _, _ = run
-    killed: list[int] = []
-
-    def kill_first_worker() -> None:
-        while not killed:
-            for worker in working_actors():
-                os.kill(worker, signal.SIGKILL)
-                killed.append(worker)
-            time.sleep(0.005)
-
-    killer = threading.Thread(target=kill_first_worker, daemon=True)
-    killer.start()
-    classify(model, [str(archives)], str(tmp_path / "out"), SMALL)
-    assert killed
-    assert read_predictions(str(tmp_path / "out")).equals(read_predictions(str(whole)))
-
-
-@pytest.mark.ray
-def test_a_killed_driver_loses_nothing(run: Run, model: str, archives: Path, tmp_path: Path) -> None:
-    whole, _, _ = run
     out = tmp_path / "out"
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, model, str(archives), str(out)], cwd=ROOT)
-    try:
-        deadline = time.monotonic() + 150
-        while driver.poll() is None and len(parts(out)) < CHUNKS // 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        driver.kill()
-        driver.wait()
-    kept = settled(out)
-    assert CHUNKS // 2 <= len(kept) < CHUNKS
-    assert state(out) == "running"
-    classify(model, [str(archives)], str(out), SMALL)
+    strict = SMALL.model_copy(update={"max_error_share": 0.05})
+    place = [str(archives / "b.tar")]
+    with pytest.raises(TilefleetError, match=r"2 of 20 tiles are bad already, more than max_error_share=0\.05") as stop:
+        classify(model, place, str(out), strict)
+    assert (stop.value.exit_code, state(out)) == (1, "failed")
+    kept = parts(out)
+    assert "part-00000000.parquet" in kept
+    with pytest.raises(TilefleetError, match="tiles are bad already"):
+        classify(model, place, str(out), strict)
+    totals = classify(model, place, str(out), strict.model_copy(update={"max_error_share": 0.5}))
+    assert (totals.tiles, totals.errors, state(out)) == (20, 3, "done")
     assert parts(out).items() >= kept.items()
-    assert read_predictions(str(out)).equals(read_predictions(str(whole)))
 
 
 @pytest.mark.ray
-def test_a_full_disk_is_named_and_the_same_command_finishes_later(
-    run: Run, model: str, archives: Path, small_disk: Path
+def test_the_engine_is_chosen_once_and_kept(
+    run: Run, model: str, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _, _ = run
-    out = small_disk / "out"
-    with pytest.raises(TilefleetError, match="the disk is full") as caught:
-        classify(model, [str(archives)], str(out), SMALL)
+    out, auto = tmp_path / "out", SMALL.model_copy(update={"engine": "auto"})
+    place = [str(archives / "b.tar")]
+    first = classify(model, place, str(out), auto)
+    saved = open_plan(str(out))
+    assert saved is not None
+    assert saved.terms.engine == first.engine != "auto"
+    assert {"torch", first.engine} <= saved.terms.trials.keys()
+    rows = read_predictions(str(out))
+    (out / SUCCESS).unlink()
+    (out / "predictions" / "part-00000000.parquet").unlink()
+    monkeypatch.setattr(driver, "_decide", None)
+    assert classify(model, place, str(out), auto).engine == first.engine
+    assert read_predictions(str(out)).equals(rows)
+
+
+@pytest.mark.ray
+def test_settings_that_the_machine_cannot_meet_are_one_line(
+    ray_session: None, model: str, archives: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="workers=64: the cluster has 4 CPUs"):
+        classify(model, [str(archives)], str(tmp_path / "many"), ClassifyConfig(workers=64, engine="torch"))
+    with pytest.raises(TilefleetError, match=r"engine=nonsense: .*torch") as caught:
+        classify(model, [str(archives)], str(tmp_path / "engine"), ClassifyConfig(engine="nonsense"))
     assert "\n" not in str(caught.value)
-    assert state(out) == "failed"
-    kept = settled(out)
-    assert 0 < len(kept) < CHUNKS
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    classify(model, [str(archives)], str(out), SMALL)
-    assert parts(out).items() >= kept.items()
-    assert read_predictions(str(out)).equals(read_predictions(str(whole)))
-    assert state(out) == "done"
+    assert caught.value.exit_code == 2
 
 
 def test_archives_without_any_tile_are_an_error_that_says_why(model: str, tmp_path: Path) -> None:
@@ -313,42 +306,3 @@ def test_wrong_input_is_named_before_anything_is_written(model: str, archives: P
     with pytest.raises(ValidationError, match="speed"):
         ClassifyConfig.model_validate({"speed": "fast"})
     assert not out.exists()
-
-
-def working_actors() -> list[int]:
-    """Process ids of this process's own Ray actors that are at a chunk just now."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            command = (folder / "cmdline").read_bytes()
-            if command.startswith(b"ray::") and b"ChunkClassifier" in command and b".submit" in command:
-                raylet = parent(int(folder.name))
-                found += [int(folder.name)] if parent(raylet) == os.getpid() else []
-        except (OSError, ValueError):  # not a process, or one that has just ended
-            continue
-    return found
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def settled(out: Path) -> dict[str, tuple[int, int]]:
-    """The parts once no worker writes any more: those of a killed driver live on for a moment."""
-    while (seen := parts(out)) != (time.sleep(2), parts(out))[1]:
-        pass
-    return seen
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for some parts, not for all."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small disk needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("a small disk cannot be mounted here")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
