@@ -251,17 +251,13 @@ def demo(
 
 @app.command()
 def bench(
-    what: Annotated[
-        Literal["ingest", "train", "classify"], typer.Argument(help="The loader, training or classification, by parts.")
-    ],
+    what: Annotated[Literal["ingest", "train", "classify"], typer.Argument(help="What to measure, and its parts.")],
     subject: Annotated[
         list[str] | None, typer.Argument(metavar="[SHARDS] [KEY=VALUE]...", help="Synthetic tiles if not given.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="What to train; configs/bench.yaml if not given.")] = None,
     model: Annotated[str, typer.Option(help="What classifies: a bundle, or cnn or vgg16 with random weights.")] = "cnn",
-    peers: Annotated[
-        Literal["f32", "bf16"] | None, typer.Option(help="Classify with what people write too, in this precision.")
-    ] = None,
+    peers: Annotated[Literal["f32", "bf16"] | None, typer.Option(help="Classify as others do too, in this.")] = None,
     tiles: Annotated[int | None, typer.Option(min=1, help="Tiles: 4096 at most to train, 20000 to classify.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; as in the recipe, or all cores.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each part is measured.")] = 3,
@@ -274,15 +270,14 @@ def bench(
     shards = [text for text in subject or [] if "=" not in text]
     if len(shards) > 1:
         raise UsageError(f"bench: one shard set at a time, not {', '.join(shards)}")
-    source = shards[0] if shards else None
     if what == "classify":
-        _bench_classify(model, source, tiles or 20_000, peers, settings, rounds)
+        _bench_classify(model, shards[0] if shards else None, tiles or 20_000, peers, settings, rounds)
         return
     from configs.schema import load_recipe
     from training.bench import measure_ingest, measure_train, prepare, table
 
     chosen = load_recipe(recipe or Path(__file__).parent / "configs" / "bench.yaml", settings)
-    with progress_line() as show, prepare(chosen, source, tiles or 4096, show) as prepared:
+    with progress_line() as show, prepare(chosen, shards[0] if shards else None, tiles or 4096, show) as prepared:
         result = (measure_ingest if what == "ingest" else measure_train)(prepared, rounds, show)
     print(table(result))
     print(json.dumps(result))
@@ -385,16 +380,11 @@ def _bench_classify(
     from configs.schema import parse_overrides, validate
     from inference.bench import measure, prepare, table
     from inference.classify import ClassifyConfig
-    from training.synthetic import CLASSES, write_tiles
+    from training.synthetic import write_tiles
 
     config = validate(ClassifyConfig, parse_overrides(settings), "bench classify")
-    with progress_line() as show:
-
-        def draw(folder: str, count: int) -> None:
-            write_tiles(folder, -(-count // len(CLASSES)), progress=show)
-
-        with prepare(model, shards, tiles, peers, config, draw, show) as prepared:
-            result = measure(prepared, rounds, show)
+    with progress_line() as show, prepare(model, shards, tiles, peers, config, write_tiles, show) as prepared:
+        result = measure(prepared, rounds, show)
     print(table(result))
     print(json.dumps(result))
 

@@ -13,6 +13,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,11 +34,11 @@ from training.bundle import check_bundle, read_info
 THREADS = 1
 """Threads of an actor's engine: one for each CPU it holds."""
 
-CHUNK_RETRIES = 1
-"""How often a chunk whose worker process died is tried again before it is taken for deadly."""
+TRIES, CAREFUL_FROM = 4, 2
+"""How many workers may die over a chunk, and from how many on its tiles are first decoded in processes that may die."""
 
-CAREFUL_PASSES = 2
-"""How often what is left after that is gone through, with tiles decoded in processes that may die."""
+STARTS = 10
+"""How many workers, for each that is wanted, may die in a row before they can work."""
 
 DISK_PATIENCE = 600.0
 """Seconds that a worker waits for room on a full disk."""
@@ -53,7 +55,7 @@ class ClassifyConfig(BaseModel):
     tiles_per_chunk: int = Field(default=4096, ge=1)
     batch_size: int = Field(default=256, ge=1)
     workers: int | None = Field(default=None, ge=1)
-    engine: str = "auto"
+    engine: Literal["auto", "torch", "torch-bf16", "openvino", "openvino-bf16", "compiled-bf16"] = "auto"
     probabilities: bool = False
     max_error_share: float = Field(default=1.0, ge=0, le=1)
 
@@ -90,6 +92,7 @@ def classify(
     with claimed(out), ExitStack() as stack:
         status = StatusWriter(out, "classify")
         stack.enter_context(_failure_recorded(status))
+        saved = take(out, wanted)  # another driver may have been at work until now
         if not saved:
             plans.write_plan(
                 out, found, lambda sample: _decide(stack, bundle, wanted, sample), config.tiles_per_chunk, progress
@@ -104,7 +107,8 @@ def classify(
             stack.enter_context(session())
             workers = _workers(saved.terms, config.workers, len(todo))
             status.update(force=True, workers=workers)
-            for total in _passes(todo, before, bundle, saved, workers):
+            for summary in chain([Summary()], _answers(todo, bundle, saved, workers)):
+                total = sink.summed([total, summary])
                 _tell(total, saved, status, progress)
                 _check_errors(out, total, saved, config.max_error_share)
         seconds = time.monotonic() - began
@@ -136,12 +140,14 @@ def _decide(stack: ExitStack, bundle: str, wanted: Terms, sample: list[Chunk]) -
     choose = ray.remote(num_cpus=1, num_gpus=min(1, gpus), max_retries=0)(choose_engine)
     for careful in (False, True):
         try:
-            answer = ray.get(choose.remote(bundle, sample, wanted.model_dump(), careful))
-        except ray.exceptions.WorkerCrashedError:  # a tile of the sample may be deadly
+            answer: Terms | TilefleetError = ray.get(choose.remote(bundle, sample, wanted, careful))
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError:  # it died: a tile of the sample may be deadly
             continue
-        if isinstance(answer, str):
-            raise TilefleetError(answer)
-        return Terms.model_validate(answer)
+        if isinstance(answer, TilefleetError):
+            raise answer
+        return answer
     raise TilefleetError(f"{bundle}: the process that tries engines died twice; name one with engine=torch")
 
 
@@ -155,65 +161,77 @@ def _workers(terms: Terms, workers: int | None, chunks: int) -> int:
     return min(workers or limit, chunks)
 
 
-def _passes(todo: list[int], before: Summary, bundle: str, plan: PlanFile, workers: int) -> Iterator[Summary]:
-    """The sum of ``before`` and all chunks done so far, as they come; ends when every one of ``todo`` is done.
+def _answers(todo: Sequence[int], bundle: str, plan: PlanFile, workers: int) -> Iterator[Summary]:
+    """The summaries of chunks as they are finished; ends when every one of ``todo`` is done.
 
-    A chunk that ended its worker, or was with a worker that ended for another reason, is left to the next pass, where
-    workers are careful. Raises the first error that a worker answers, and where chunks are left after all passes.
+    A chunk whose worker died is left to the next pass. Raises the first error that a worker answers, and where a chunk
+    ends its workers again and again.
     """
-    total, out = before, plan.location.rpartition("/")[0]
-    yield total
-    for careful in (False, *[True] * CAREFUL_PASSES):
+    out = plan.location.rpartition("/")[0]
+    for deaths in range(TRIES):
         left = set(todo)
-        for number, summary in _answers(todo, bundle, plan, workers, careful):
-            left.discard(number)
-            total = sink.summed([total, summary])
-            yield total
-        written = left and left & {int(name) for name in finished(out)}  # by workers that could not answer
-        if written:
-            total = sink.summed([total, add_up(out, map(plans.chunk_id, sorted(written)))])
-            yield total
+        for number, answer in _pass(todo, bundle, plan, workers, deaths >= CAREFUL_FROM):
+            left.remove(number)
+            yield answer
+        written = left & set(map(int, finished(out)))  # by workers that died before they could answer
+        yield add_up(out, map(plans.chunk_id, sorted(written)))
         todo = sorted(left - written)
         if not todo:
             return
+    archive = plan.read(todo[0], todo[0] + 1)[0].archive
     raise TilefleetError(
-        f"{out}: worker processes died over {len(todo)} chunks in each of {1 + CAREFUL_PASSES} passes, perhaps for "
+        f"{archive}: {TRIES} worker processes died over its chunk {plans.chunk_id(todo[0])}, perhaps for "
         "lack of memory; what is finished is kept: run the same command again with fewer workers"
     )
 
 
-def _answers(
+def _pass(
     numbers: Sequence[int], bundle: str, plan: PlanFile, workers: int, careful: bool
 ) -> Iterator[tuple[int, Summary]]:
     """Numbers and summaries of chunks as they are finished by a pool of actors; those of dead actors are missing."""
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
-    from inference.worker import ChunkClassifier
-
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = -1  # only death is an error there: see ChunkClassifier
+    context.max_consecutive_actor_init_deaths = STARTS * workers
     with ray.data.DataContext.current(context):
         dataset = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
-        with warnings.catch_warnings():  # there is no newer way to bound the tries; unbounded, a deadly tile never ends
+        with warnings.catch_warnings():  # there is no newer way to say how often a task is tried
             warnings.simplefilter("ignore", RayDeprecationWarning)
             dataset = dataset.map_batches(
-                ChunkClassifier,
-                fn_constructor_args=(bundle, plan, careful, DISK_PATIENCE),
+                ChunkClassifierActor,
+                fn_constructor_args=(bundle, plan, DISK_PATIENCE, careful),
                 batch_size=1,
-                batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=min(workers, len(numbers)), max_tasks_in_flight_per_actor=2),
                 num_cpus=1,
                 num_gpus=1 if plan.terms.device == "cuda" else 0,
-                max_task_retries=0 if careful else CHUNK_RETRIES,  # restarts of actors are unbounded
+                max_task_retries=0,  # a retry would wait for its own actor, which may wait for a host that is gone
             )
         for row in dataset.iter_rows():
-            if row["error"] is not None:
+            if row["error"]:
                 raise TilefleetError(row["error"])
             yield row["number"], Summary.model_validate_json(row["summary"])
+
+
+class ChunkClassifierActor:
+    """A :class:`ChunkClassifier` as Ray Data calls it."""
+
+    def __init__(self, bundle: str, plan: PlanFile, patience: float, careful: bool) -> None:
+        from inference.worker import ChunkClassifier
+
+        self.classifier = ChunkClassifier(bundle, plan, patience)
+        self.careful = careful
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The ``number`` of a chunk in; it and ``summary`` (JSON) or ``error`` out, each a list of one."""
+        [number] = batch["number"]
+        answer = self.classifier.classify(int(number), self.careful)
+        summary, error = ("", str(answer)) if isinstance(answer, TilefleetError) else (answer.model_dump_json(), "")
+        return {"number": [number], "summary": [summary], "error": [error]}
 
 
 def _tell(total: Summary, plan: PlanFile, status: StatusWriter, progress: Progress | None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,8 @@ from inference.engines import Trial
 from inference.ledger import read_totals
 from inference.page import read_json, read_png, render
 from inference.plan import PLAN, PlanFile, open_plan
-from inference.tally import Example, overview
+from inference.sink import Summary
+from inference.tally import Example, Tally, overview
 from training.bundle import INFO, read_info
 
 WRONG_TILES = 24
@@ -35,6 +36,17 @@ CLASSES_WITH_EXAMPLES = 12
 EVALUATION_PLOTS = ("confusion", "calibration", "unknown")
 SILENT_SECONDS = 120.0
 """A run without news for so long is most likely dead, whatever its status says."""
+
+
+class ClassFound(NamedTuple):
+    """What was found of one class; ``confidence`` is summed over its tiles, ``most`` and ``least`` are by it."""
+
+    name: str
+    tiles: int
+    unknown: int
+    confidence: float
+    most: list[Example]
+    least: list[Example]
 
 
 def report(location: str, out: str | None = None) -> str:
@@ -72,20 +84,9 @@ def describe_predictions(location: str, plan: PlanFile) -> dict[str, Any]:
     trials = {name: Trial.model_validate(trial) for name, trial in plan.terms.trials.items()}
     view = overview(location, plan)
     tally, total = view.tally, view.total
-    by_class = [
-        {
-            "name": name,
-            "tiles": total.tiles_by_class[name],
-            "unknown": int(tally.unknown_by_class[number]),
-            "confidence": float(tally.confidence_by_class[number]),
-            "most": tally.most.of(number),
-            "least": tally.least.of(number),
-        }
-        for number, name in enumerate(tally.classes)
-    ]
-    by_class.sort(key=lambda entry: -entry["tiles"])
-    shown = [entry for entry in by_class[:CLASSES_WITH_EXAMPLES] if entry["tiles"]]
-    rankings = [tally.least_of_all, tally.unknown, *(entry[end] for entry in shown for end in ("most", "least"))]
+    by_class = sorted(_classes(total, tally), key=lambda found: -found.tiles)
+    shown = [found for found in by_class[:CLASSES_WITH_EXAMPLES] if found.tiles]
+    rankings = [tally.least_of_all, tally.unknown, *(end for found in shown for end in (found.most, found.least))]
     found, gone = pictures.from_archives(rankings, plan)
     return {
         "name": _name(location),
@@ -106,6 +107,20 @@ def describe_predictions(location: str, plan: PlanFile) -> dict[str, Any]:
         "success": success,
         "status": status,
     }
+
+
+def _classes(total: Summary, tally: Tally) -> list[ClassFound]:
+    return [
+        ClassFound(
+            name,
+            total.tiles_by_class[name],
+            int(tally.unknown_by_class[number]),
+            float(tally.confidence_by_class[number]),
+            tally.most.of(number),
+            tally.least.of(number),
+        )
+        for number, name in enumerate(tally.classes)
+    ]
 
 
 def _state(status: Status | None, *, finished: bool) -> str:

@@ -23,6 +23,7 @@ MAX_FREE_BYTES = 1 << 30
 """A file may decompress to this many bytes, or to :data:`MAX_RATIO` times its size where that is more."""
 
 _BLOCK = 1 << 20
+_PIECE = 4 << 10  # of a block: a decoder that fails keeps all that it was asked for
 _KEPT = 4 << 10
 _XZ_MEMORY = 256 << 20
 
@@ -109,11 +110,14 @@ class Forward:
         """Take in the next block; False at the end."""
         if self._failure:  # what a decoder gives after its first error is anything
             raise self._failure
+        block = bytearray()
         try:
-            block = self._stream.read(_BLOCK)
+            while len(block) < _BLOCK and (piece := self._stream.read(_PIECE)):
+                block += piece
         except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
             self._failure = OSError(f"the compressed data are damaged or cut short: {error}")
-            raise self._failure from error
+            if not block:
+                raise self._failure from error
         self._start += max(0, len(self._held) - _KEPT)
         self._held = self._held[-_KEPT:] + block
         if self._start + len(self._held) > self._limit:

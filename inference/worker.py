@@ -12,9 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING
 
 from cluster import storage
 from configs.errors import TilefleetError
@@ -31,37 +29,31 @@ if TYPE_CHECKING:
 SAMPLE_TILES, SAMPLE_CHUNKS = 512, 4
 """Tiles on which engines are measured and checked, and from how many chunks they are: each may be read whole."""
 
-ANSWER = pa.schema([("number", pa.int64()), ("summary", pa.string()), ("error", pa.string())])
-
 
 class ChunkClassifier:
     """Loads the bundle once, then turns chunks into part files and answers with their summaries.
 
-    Where ``careful``, a chunk has ended a process before: its tiles are first decoded in processes of their own, and
-    those that end theirs again become rows with an error. A full disk is waited for, up to ``patience`` seconds.
+    A full disk is waited for, up to ``patience`` seconds.
     """
 
-    def __init__(self, bundle: str, plan: PlanFile, careful: bool, patience: float) -> None:
+    def __init__(self, bundle: str, plan: PlanFile, patience: float) -> None:
         self.bundle = bundle
         self.plan = plan
         self.out = plan.location.rpartition("/")[0]
-        self.careful = careful
         self.patience = patience
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """One row with the ``number`` of a chunk in; one row with it and ``summary`` (JSON) or ``error`` out.
+    def classify(self, number: int, careful: bool) -> Summary | TilefleetError:
+        """The summary of the chunk of this number once its part is written; an error is an answer, not raised.
 
-        Every error is an answer: one that is raised would be lost among those of processes that died.
+        Where ``careful``, the chunk has ended processes before: its tiles are first decoded in processes of their own,
+        and those that end theirs again become rows with an error.
         """
-        number = batch["number"][0].as_py()
-        summary = error = None
         try:
-            summary = self._classify(self.plan.read(number, number + 1)[0]).model_dump_json()
+            return self._classify(self.plan.read(number, number + 1)[0], careful)
         except TilefleetError as known:
-            error = str(known)
+            return type(known)(str(known))  # without its cause, which may not be fit to be sent
         except Exception:
-            error = f"chunk {number} failed for a reason that is not known:\n{traceback.format_exc()}"
-        return pa.table({"number": [number], "summary": [summary], "error": [error]}, schema=ANSWER)
+            return TilefleetError(f"chunk {number} failed for a reason that is not known:\n{traceback.format_exc()}")
 
     @cached_property
     def _predictor(self) -> Predictor:
@@ -70,12 +62,12 @@ class ChunkClassifier:
         terms = self.plan.terms
         return Predictor(self.bundle, terms.engine, terms.batch_size, terms.threads, terms.device)
 
-    def _classify(self, chunk: Chunk) -> Summary:
+    def _classify(self, chunk: Chunk, careful: bool) -> Summary:
         part = sink.part_location(self.out, chunk.id)
         if storage.exists(part):  # an earlier try wrote it and died before it could answer
             return sink.read_summary(part)
         info = self._predictor.info
-        deadly = find_deadly(read_chunk(chunk), info.tile_size) if self.careful else {}
+        deadly = find_deadly(read_chunk(chunk), info.tile_size) if careful else {}
         tiles, waiting = read_chunk(chunk), deque[Tile]()
         rows = sink.Part(chunk.archive, info.classes, probabilities=self.plan.terms.probabilities)
         for predictions in self._predictor.predict_stream(_encoded(tiles, waiting, deadly)):
@@ -88,25 +80,24 @@ class ChunkClassifier:
         return summary.model_copy(update={"seconds": summary.seconds | {"write": time.perf_counter() - began}})
 
 
-def choose_engine(bundle: str, chunks: list[Chunk], wanted: dict[str, Any], careful: bool) -> dict[str, Any] | str:
+def choose_engine(bundle: str, chunks: list[Chunk], wanted: Terms, careful: bool) -> Terms | TilefleetError:
     """The terms ``wanted`` with the engine that suits this machine, measured on and checked with tiles of ``chunks``.
 
-    Where ``careful``, tiles that end the process that decodes them are left out. An error is an answer, in words.
+    Where ``careful``, tiles that end the process that decodes them are left out. An error is an answer, not raised.
     """
     from inference.engines import choose
 
-    terms = Terms.model_validate(wanted)
     some = chunks[:: -(-len(chunks) // SAMPLE_CHUNKS)]
     share = -(-SAMPLE_TILES // len(some))
     try:
         sample = [tile for chunk in some for tile in islice(read_chunk(chunk), share) if tile.data]
         deadly = find_deadly(sample, read_info(bundle).tile_size) if careful else {}
         encoded = [tile.data for number, tile in enumerate(sample) if tile.data and number not in deadly]
-        choice = choose(bundle, encoded, threads=terms.threads, engine=terms.engine, batch_size=terms.batch_size)
+        choice = choose(bundle, encoded, threads=wanted.threads, engine=wanted.engine, batch_size=wanted.batch_size)
     except TilefleetError as error:
-        return str(error)
+        return type(error)(str(error))
     trials = {name: trial.model_dump() for name, trial in choice.trials.items()}
-    return wanted | {"engine": choice.engine, "device": choice.device, "trials": trials}
+    return wanted.model_copy(update={"engine": choice.engine, "device": choice.device, "trials": trials})
 
 
 def _encoded(tiles: Tiles, waiting: deque[Tile], deadly: dict[int, str]) -> Iterator[bytes]:

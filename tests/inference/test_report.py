@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
 from cluster.records import StatusWriter, append_metrics
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
-from inference import archive, sink
-from inference.report import EXAMPLES_OF_A_CLASS, LEAST_CONFIDENT, Tally, report
+from inference.engines import Agreement, Trial
+from inference.report import report
+from tests.archives import TERMS
 from tests.page import Page
+from tests.predictions import CLASSES, finish, make_archive, plan_of, png, predictions, write_part
 from training import models
 from training.bundle import BundleInfo, load_bundle, save_bundle, save_calibration
 from training.evaluate import evaluate
 from training.judge import Reference
 from training.pack import pack
 from training.plots import plot_curves
-
-CLASSES = ["Field", "Lake <i>", "Town"]
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +60,13 @@ def test_a_page_about_predictions_counts_shows_and_names(tmp_path: Path) -> None
         "not an image 1 tile",
         "image file over the limit 1 tile",
         "image file over the limit: 99 bytes, 9 allowed",
-        "torn.tar cut short at byte 7",
-        "forward 2.0 s",
+        "torn.tar archive is empty",
+        "forward 3.0 s",
+        "Most of it, 66.7%, is forward",
     ):
         assert words in page.text
     assert "Not finished" not in page.text
-    assert len(page.alts) == 24 + 3 * 6
+    assert len(page.alts) == 24 + 5 + 3 * (6 + 6)
     assert page.alts[0] == "Tile a/tile-0: Field"
 
 
@@ -84,14 +77,14 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path: Path) -
 
     page.assert_self_contained()
     assert "out failed" in page.text
-    assert "Not finished: 20 of 42 tiles are done (47.6%), in 1 of 2 chunks" in page.text
+    assert "Not finished: 20 of 42 tiles are done (47.6%), in 1 of 3 chunks" in page.text
     assert "the disk is full" in page.text
     assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_run_that_has_only_a_plan_has_a_page(tmp_path: Path) -> None:
     out = predictions(tmp_path, finished=False)
-    (tmp_path / "out" / "predictions" / "part-000000.parquet").unlink()
+    (tmp_path / "out" / "predictions" / "part-00000000.parquet").unlink()
     (tmp_path / "out" / "status.json").unlink()
 
     page = Page(report(out))
@@ -112,38 +105,80 @@ def test_archives_that_are_gone_are_named_instead_of_shown(tmp_path: Path) -> No
 
 def test_parts_that_were_taken_away_are_noticed(tmp_path: Path) -> None:
     out = predictions(tmp_path, finished=True)
-    (tmp_path / "out" / "predictions" / "part-000001.parquet").unlink()
+    (tmp_path / "out" / "predictions" / "part-00000001.parquet").unlink()
 
-    assert "The parts hold 20 tiles, but 42 were planned" in Page(report(out)).text
+    assert "The parts hold 22 tiles, but 42 were classified" in Page(report(out)).text
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     out = predictions(tmp_path, finished=True)
-    part = tmp_path / "out" / "predictions" / "part-000001.parquet"
+    part = tmp_path / "out" / "predictions" / "part-00000001.parquet"
     part.write_bytes(part.read_bytes()[:-20])
 
-    with pytest.raises(TilefleetError, match=r"part-000001\.parquet: damaged"):
+    with pytest.raises(TilefleetError, match=r"part-00000001\.parquet: damaged"):
         report(out)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1, width=32), st.booleans()), max_size=80), st.integers(1, 80)
-)
-def test_the_tally_of_parts_is_that_of_all_rows(tiles: list[tuple[int, float, bool]], part_size: int) -> None:
-    tally = Tally()
-    for start in range(0, len(tiles), part_size):
-        part = tiles[start : start + part_size]
-        ids = [f"{number:03d}" for number in range(start, start + len(part))]
-        tally.add(str(start), rows(ids, part))
+def test_tiles_of_a_compressed_tar_are_planned_once_they_are_read(tmp_path: Path) -> None:
+    archive = make_archive(tmp_path / "in", "tar.gz", {"a.png": png(1), "b.png": png(2)})
+    out = str(tmp_path / "out")
+    plan = plan_of(out, [archive])
+    assert "0 of 0 tiles are done (0.0%), in 0 of 1 chunks" in (text := Page(report(out)).text)
+    assert "the tiles of 1 compressed archive" in text
+    [chunk] = plan
+    write_part(out, chunk, ["a", "b"], [(0, 0.5, False), (1, 0.6, False)], damage="cut short")
+    finish(out)
 
-    good = [(confidence, class_id) for class_id, confidence, failed in tiles if not failed]
-    assert tally.histogram.sum() == len(good)
-    assert tally.causes.total() == len(tiles) - len(good)
-    assert [tile.confidence for tile in tally.least] == sorted(confidence for confidence, _ in good)[:LEAST_CONFIDENT]
-    for number, name in enumerate(CLASSES):
-        best = sorted((confidence for confidence, class_id in good if class_id == number), reverse=True)
-        assert [tile.confidence for tile in tally.most.get(name, [])] == best[:EXAMPLES_OF_A_CLASS]
+    page = Page(report(out))
+
+    assert "Not finished" not in page.text
+    assert "a.tar.gz cut short" in page.text
+    assert len(page.alts) == 2 + 4
+
+
+def test_what_was_measured_of_each_engine_is_shown(tmp_path: Path) -> None:
+    agreement = Agreement(
+        tiles=512, other_class=9, other_class_decided=3, other_unknown=0, largest_difference=0.5, finite=True
+    )
+    trials = {
+        "torch-f32": Trial(tiles_per_second=1612.3),
+        "openvino-f32": Trial(reason="OpenVINO is not installed"),
+        "compiled-bf16": Trial(tiles_per_second=5610.0, agreement=agreement, reason="differs from <torch-f32>"),
+    }
+    terms = TERMS.model_copy(update={"trials": {name: trial.model_dump() for name, trial in trials.items()}})
+    plan_of(str(tmp_path / "out"), [make_archive(tmp_path / "in", "zip", {"a.png": png(1)})], terms=terms)
+
+    text = Page(report(str(tmp_path / "out"))).text
+
+    for words in (
+        "compiled-bf16 5,610 9 of 512 differs from <torch-f32>",
+        "torch-f32 1,612 – taken",
+        "openvino-f32 – – OpenVINO is not installed",
+    ):
+        assert words in text
+
+
+def test_a_run_without_news_is_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = predictions(tmp_path, finished=False)
+    status = Path(out, "status.json")
+    running = json.loads(status.read_text()) | {"state": "running", "error": None}
+    status.write_text(json.dumps(running))
+    assert "out running" in Page(report(out)).text
+
+    status.write_text(json.dumps(running | {"updated": running["updated"] - 600}))
+
+    page = Page(report(out))
+    assert "out stopped" in page.text
+    assert "its driver is most likely dead" in page.text
+
+
+def test_a_run_that_is_not_planned_says_so(tmp_path: Path) -> None:
+    status = StatusWriter(tmp_path, "classify")
+    with pytest.raises(TilefleetError, match="not planned yet; try again"):
+        report(str(tmp_path))
+    status.finish("failed", "a.tar: archive is empty")
+    with pytest.raises(TilefleetError, match=r"not planned yet; failed: a\.tar: archive is empty"):
+        report(str(tmp_path))
 
 
 def test_a_page_about_a_run_shows_scores_curves_and_examples(run: str) -> None:
@@ -230,60 +265,6 @@ def test_what_is_neither_run_nor_predictions_is_refused(tmp_path: Path) -> None:
         report(str(tmp_path / "run"), str(tmp_path))
 
 
-def predictions(folder: Path, *, finished: bool) -> str:
-    """One tar of 42 tiles in chunks of 20 and 22; the first two tiles of the second chunk are errors."""
-    (folder / "archives").mkdir()
-    tar_path, out = folder / "archives" / "a.tar", str(folder / "out")
-    with tarfile.open(tar_path, "w") as tar:
-        for number in range(42):
-            member = tarfile.TarInfo(f"a/tile-{number}.png")
-            member.size = len(png(number))
-            tar.addfile(member, io.BytesIO(png(number)))
-    first, rest = archive.plan([str(tar_path)], 20).chunks[0], archive.plan([str(tar_path)], 20).chunks[1:]
-    second = archive.Chunk("000001", str(tar_path), first.end, rest[-1].end, 22, first.archive_bytes)
-    bad = archive.BadArchive("torn.tar", "cut short at byte 7")
-    terms = archive.Terms(
-        bundle_digest="0",
-        archives=(str(tar_path),),
-        tiles_per_chunk=20,
-        batch_size=256,
-        probabilities=False,
-        engine="torch-f32",
-        threads=1,
-    )
-    archive.write_plan(out, archive.Plan([first, second], [bad]), terms)
-    for chunk, numbers in ((first, range(20)), (second, range(20, 42)))[: 2 if finished else 1]:
-        tiles = [(n % 3, n / 42, False) for n in numbers]
-        table = rows(
-            [f"a/tile-{n}" for n in numbers],
-            tiles,
-            {20: "not an image", 21: "image file over the limit: 99 bytes, 9 allowed"},
-        )
-        sink.write_part(out, chunk.id, table, sink.summarise(table, {}, {"read": 0.5, "forward": 1.0}))
-    status = StatusWriter(out, "classify", planned_tiles=42)
-    status.finish("done" if finished else "failed", None if finished else "the disk is full")
-    if finished:
-        totals = {"tiles": 42, "seconds": 3.0, "tiles_per_second": 1234.0}
-        (folder / "out" / "_SUCCESS.json").write_text(json.dumps(totals))
-    return out
-
-
-def rows(
-    tile_ids: Sequence[str], tiles: Sequence[tuple[int, float, bool]], errors: dict[int, str] | None = None
-) -> pa.Table:
-    """Prediction rows from (class, confidence, failed); below 0.1 is unknown. ``errors`` are by number of the tile."""
-    by_id = {f"a/tile-{number}": error for number, error in (errors or {}).items()}
-    return sink.make_table(
-        "a.tar",
-        list(tile_ids),
-        [by_id.get(i, "torn: here" if tile[2] else None) for i, tile in zip(tile_ids, tiles, strict=True)],
-        np.array([tile[0] for tile in tiles], np.int32),
-        np.array([tile[1] for tile in tiles], np.float32),
-        np.array([tile[1] < 0.1 for tile in tiles], bool),
-        CLASSES,
-    )
-
-
 def train_run(folder: Path) -> None:
     """A run whose model takes every tile for class 1, evaluated on two tiles of each of the three classes."""
     for number, name in enumerate(CLASSES):
@@ -323,9 +304,3 @@ def write_config(run: Path) -> str:
     )
     (run / "config.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     return str(run)
-
-
-def png(seed: int) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
