@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
 from configs.errors import TilefleetError
-from inference import sink
 from inference.ahead import in_order
 from inference.scan import Kind, Scan, Source, scan, sources
 from inference.streams import opened
@@ -204,12 +203,6 @@ def open_plan(out: str) -> PlanFile | None:
         notes = {name: json.loads(footer.metadata[name.encode()]) for name in ("terms", "bad_archives", "totals")}
         bad = [BadArchive(**entry) for entry in notes["bad_archives"]]
         return PlanFile(Terms.model_validate(notes["terms"]), bad, **notes["totals"], location=location, footer=footer)
-
-
-def finished(out: str) -> set[str]:
-    """Ids of the chunks that have a part file; found by listing, nothing is opened."""
-    chunks = (sink.chunk_of(location) for location in storage.list_files(storage.join(out, sink.PREDICTIONS)))
-    return {chunk for chunk in chunks if chunk is not None}
 
 
 class _Sample:

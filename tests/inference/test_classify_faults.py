@@ -34,7 +34,7 @@ from tests.object_store import ObjectStore
 from tests.processes import descendants
 from tests.runs import ROOT
 
-ARCHIVES, TILES, CHUNK_TILES = 8, 300, 10
+ARCHIVES, TILES, CHUNK_TILES = 8, 600, 10
 CHUNKS = ARCHIVES * TILES // CHUNK_TILES
 SMALL = ClassifyConfig(tiles_per_chunk=CHUNK_TILES, engine="torch")
 SETTINGS = [f"tiles_per_chunk={CHUNK_TILES}", "engine=torch"]

@@ -14,7 +14,8 @@ import pytest
 from configs.errors import TilefleetError
 from inference import plan, scan
 from inference.ahead import in_order
-from inference.plan import ROW_GROUP, BadArchive, Chunk, Terms, chunk_id, finished, open_plan, write_plan
+from inference.ledger import finished
+from inference.plan import ROW_GROUP, BadArchive, Chunk, Terms, chunk_id, open_plan, write_plan
 from tests.archives import TERMS, planned, write_tar
 from tests.inference.test_streams import PACKERS
 from tests.inference.test_zips import zip_bytes
@@ -149,9 +150,11 @@ def test_work_ahead_is_in_order_and_bounded() -> None:
 
 
 def test_terms_differ_only_in_what_was_asked_for() -> None:
-    other = TERMS.model_copy(update={"engine": "torch-bf16", "threads": 4})
-    assert TERMS.differences(other) == []
-    assert TERMS.differences(other.model_copy(update={"batch_size": 9, "archives": ()})) == ["archives", "batch_size"]
+    saved = TERMS.model_copy(update={"engine": "torch-bf16", "threads": 4, "device": "cuda"})
+    assert TERMS.differences(saved) == ["engine"]
+    wanted = TERMS.model_copy(update={"engine": "auto"})
+    assert wanted.differences(saved) == []
+    assert wanted.differences(saved.model_copy(update={"batch_size": 9, "archives": ()})) == ["archives", "batch_size"]
 
 
 def test_finished_chunks_are_known_from_names_alone(tmp_path: Path) -> None:
