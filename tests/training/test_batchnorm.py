@@ -71,7 +71,7 @@ def test_it_takes_the_place_of_every_layer_under_the_same_names() -> None:
     plain, ours = models.build("tilenet", 10, 32), replace_batch_norm(models.build("tilenet", 10, 32))
     kinds = [type(module) for module in ours.modules()]
     assert nn.BatchNorm2d not in kinds
-    assert kinds.count(GlobalBatchNorm2d) == 10
+    assert kinds.count(GlobalBatchNorm2d) == 16
     assert list(plain.state_dict()) == list(ours.state_dict())
 
 
