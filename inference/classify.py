@@ -103,6 +103,7 @@ def classify(
         before = add_up(out, done)
         todo = [number for number in range(saved.chunks) if plans.chunk_id(number) not in done]
         total = before
+        _check_errors(out, total, saved, config.max_error_share)
         if todo:
             stack.enter_context(session())
             workers = _workers(saved.terms, config.workers, len(todo))
@@ -198,6 +199,7 @@ def _pass(
     context.print_on_execution_start = False
     context.max_errored_blocks = -1  # only death is an error there: see ChunkClassifier
     context.max_consecutive_actor_init_deaths = STARTS * workers
+    context.execution_no_progress_timeout_s = -1  # a chunk may take longer, and so may room on a disk or for an actor
     with ray.data.DataContext.current(context):
         dataset = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
         with warnings.catch_warnings():  # there is no newer way to say how often a task is tried
