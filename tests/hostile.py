@@ -22,6 +22,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+TRAP = "/tmp/tilefleet-trap"
+"""What files begin with that only a reader makes that follows names, or runs pickles."""
+
 LARGE = 80 << 20
 """Bytes that a tile may not have."""
 
@@ -34,13 +37,10 @@ PICTURES += [("RGB", "BMP"), ("P", "GIF"), ("RGB", "JPEG2000")]
 
 
 class Evil:
-    """What a pickle is made of: unpickled, it makes a file."""
-
-    def __init__(self, trap: Path) -> None:
-        self.trap = trap
+    """What a pickle is made of: unpickled, it makes a folder."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.trap),)
+        return os.mkdir, (TRAP,)
 
 
 def picture(chance: random.Random) -> bytes:
@@ -76,12 +76,12 @@ def wide_jpeg(side: int) -> bytes:
     return bytes(data)
 
 
-def content(chance: random.Random, trap: Path) -> bytes:
+def content(chance: random.Random) -> bytes:
     """What a file with an image's name may hold."""
     makers: list[Callable[[], bytes]] = [
         lambda: b"",
         lambda: chance.randbytes(chance.choice([1, 10, 512, 3000])),
-        lambda: pickle.dumps(Evil(trap)),
+        lambda: pickle.dumps(Evil()),
         lambda: wide_png(chance.choice([4096, 4097, 60_000, 2**31 - 1])),
         lambda: wide_jpeg(chance.choice([0, 33, 4096, 65_535])),
         lambda: tar_of([("inner/1.jpg", picture(chance))], chance),
@@ -93,14 +93,14 @@ def content(chance: random.Random, trap: Path) -> bytes:
     return picture(chance) if chance.random() < 0.5 else chance.choice(makers)()
 
 
-def name(chance: random.Random, number: int, trap: Path) -> str:
+def name(chance: random.Random, number: int) -> str:
     """A name of an image, or of something that looks like one."""
     ending = chance.choice(["jpg", "JPG", "jpeg", "png", "tif", "TIFF", "webp", "gif", "bmp", "jp2", "jpg", "png"])
     title = f"{number}.{ending}"
     names = [f"t/{title}"] * 8
     names += [
         f"../../up-{title}",
-        f"{trap}-{title}",
+        f"{TRAP}-{title}",
         f"a/../../{title}",
         f"a\\..\\{title}",
         f".{title}",
@@ -221,8 +221,8 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 
 def write_case(number: int, seed: int, folder: Path) -> Path:
     """Make the archive of case ``number`` in ``folder``; its location."""
-    chance, trap = random.Random(f"{seed}/{number}"), folder.parent / "trap"
-    files = [(name(chance, one, trap), content(chance, trap)) for one in range(chance.randrange(1, 13))]
+    chance = random.Random(f"{seed}/{number}")
+    files = [(name(chance, one), content(chance)) for one in range(chance.randrange(1, 13))]
     kind = chance.choice(["tar"] * 6 + ["zip"] * 5 + ["folder"] * 3 + list(COMPRESSIONS) * 2 + ["nested", "bomb"])
     if kind == "folder":
         for one, (_, data) in enumerate(files):

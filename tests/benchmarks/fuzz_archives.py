@@ -105,6 +105,7 @@ def work(first: int, last: int, step: int, seed: int, base: Path) -> None:
     """Do every ``step``-th case and answer each with a line; ends with a stack trace at one that hangs or crashes."""
     from training import decode
 
+    faulthandler.enable()
     base.mkdir()
     os.chdir(base)
     tempfile.tempdir = str(base)
@@ -124,7 +125,8 @@ def work(first: int, last: int, step: int, seed: int, base: Path) -> None:
             print(f"case {number}: {error}", file=sys.stderr)
         signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
-        found["outside"] += len(listing(base) - listing(folder) - {folder})
+        traps = Path(hostile.TRAP).parent.glob(f"{Path(hostile.TRAP).name}*")
+        found["outside"] += len(listing(base) - listing(folder) - {folder}) + len(list(traps))
         shutil.rmtree(folder)
         print(json.dumps([number, found]), flush=True)
 
@@ -167,8 +169,9 @@ def answers(cases: int, seed: int, folder: Path, first: int, processes: int) -> 
             yield number, Counter(found)
             running.append((number + processes, process))
         else:
-            process.wait()
+            end = process.wait()
             if number < last:
+                print(f"case {number}: its process ended with {end}", file=sys.stderr)
                 yield number, Counter({"cases": 1, "crashed": 1})
                 start(number + processes)
 
