@@ -79,7 +79,7 @@ class Field:
         return [pid for pid, line in descendants(host.machine.pid).items() if name in line.split(" --")[0]]
 
     def room(self, size: str) -> None:
-        """Make the disk as large as ``size``; a few bytes are no room at all."""
+        """Make the disk as large as ``size``; nothing happens where more has just been written."""
         subprocess.run(["mount", "-o", f"remount,size={size}", str(self.disk)], check=False, capture_output=True)
 
 
@@ -111,9 +111,8 @@ def kill(field: Field, kind: str, command: subprocess.Popen[bytes], chance: rand
         if not field.processes(other, "/raylet/raylet"):  # it was given up, and so ended itself
             field.reboot(head=False)
     elif kind == "disk":
-        field.room("4k")
-        used = int(subprocess.check_output(["du", "-sk", str(field.disk)]).split()[0])
-        field.room(f"{used}k")
+        disk = os.statvfs(field.disk)
+        field.room(str((disk.f_blocks - disk.f_bfree) * disk.f_frsize))
         time.sleep(chance.uniform(0, 6))
         field.room("1g")
     return True
