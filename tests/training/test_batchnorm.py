@@ -77,8 +77,8 @@ def test_it_takes_the_place_of_every_layer_under_the_same_names() -> None:
 
 @pytest.mark.process
 def test_any_number_of_workers_trains_the_same_network_with_batch_statistics(small_recipe: dict[str, Any]) -> None:
-    """The learning rate is low, as ReLU near zero makes of any rounding a step in the gradient; the losses still move by
-    5e-3. Of 9 tiles some workers have more than others; at the end of an epoch there is one tile, and the others have none.
+    """The learning rate is low, as ReLU near zero makes of any rounding a step in the gradient (of the losses still
+    moves one by 5e-3). Of 9 tiles some workers have more than others; the last step of an epoch has one tile in all.
     """
     changes: dict[str, Any] = {"model": {"name": "tilenet"}, "sync_batch_norm": True, "batch_size": 9}
     slow = {"name": "sgd", "learning_rate": 1e-5, "momentum": 0}
