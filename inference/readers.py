@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,9 +53,8 @@ class Tiles:
     damage: str | None = None
 
     def __init__(self, chunk: Chunk) -> None:
-        self._chunk = chunk
-        readers = {"tar": self._of_tar, "zip": self._of_zip, "stream": self._of_stream, "files": self._of_files}
-        self._tiles = readers[chunk.kind]()
+        self._archive = chunk.archive
+        self._tiles = _READERS[chunk.kind](chunk)
 
     def __iter__(self) -> Iterator[Tile]:
         return self
@@ -63,70 +62,83 @@ class Tiles:
     def __next__(self) -> Tile:
         try:
             return next(self._tiles)
+        except StopIteration as end:
+            self.damage = end.value or self.damage
+            raise
         except TilefleetError:
             raise
         except OSError as error:
             raise TilefleetError(
-                f"{self._chunk.archive}: cannot be read ({error.strerror or error}); "
+                f"{self._archive}: cannot be read ({error.strerror or error}); "
                 "make it readable and run the same command again"
             ) from error
 
-    def _of_tar(self) -> Iterator[Tile]:
-        chunk = self._chunk
-        self._check(storage.size(chunk.archive) == chunk.archive_bytes)
-        data = storage.read_bytes(chunk.archive, chunk.start, chunk.end - chunk.start)
-        members = [member for member in TarWalk(io.BytesIO(data), len(data)) if is_tile_name(member.name)]
-        self._check(len(members) == chunk.tiles)
-        for member in members:
-            error = _why_not(member)
-            yield Tile(_id(member.name), None if error else data[member.offset : member.offset + member.size], error)
 
-    def _of_zip(self) -> Iterator[Tile]:
-        chunk = self._chunk
-        self._check(storage.size(chunk.archive) == chunk.archive_bytes)
-        with opened(chunk.archive) as stream:
+def _of_tar(chunk: Chunk) -> Iterator[Tile]:
+    _check(chunk, storage.size(chunk.archive) == chunk.archive_bytes)
+    data = storage.read_bytes(chunk.archive, chunk.start, chunk.end - chunk.start)
+    members = [member for member in TarWalk(io.BytesIO(data), len(data)) if is_tile_name(member.name)]
+    _check(chunk, len(members) == chunk.tiles)
+    for member in members:
+        error = _why_not(member)
+        yield Tile(_id(member.name), None if error else data[member.offset : member.offset + member.size], error)
 
-            def read(place: int, length: int) -> bytes:
-                return stream.read(length) if place < chunk.archive_bytes and stream.seek(place) == place else b""
 
+def _of_zip(chunk: Chunk) -> Iterator[Tile]:
+    _check(chunk, storage.size(chunk.archive) == chunk.archive_bytes)
+    with opened(chunk.archive) as stream:
+
+        def read(place: int, length: int) -> bytes:
+            return stream.read(length) if place < chunk.archive_bytes and stream.seek(place) == place else b""
+
+        try:
+            rows = zips.read_entries(read, chunk.start, chunk.end)
+            entries = [entry for entry in rows if is_tile_name(entry.name)]
+        except zips.Damaged:
+            entries = []
+        _check(chunk, len(entries) == chunk.tiles)
+        block = _Block(read)
+        for number, entry in enumerate(entries):
+            block.reach(entry.offset, entries[number:])
             try:
-                rows = zips.read_entries(read, chunk.start, chunk.end)
-                entries = [entry for entry in rows if is_tile_name(entry.name)]
-            except zips.Damaged:
-                entries = []
-            self._check(len(entries) == chunk.tiles)
-            block = _Block(read)
-            for number, entry in enumerate(entries):
-                block.reach(entry.offset, entries[number:])
-                try:
-                    yield Tile(_id(entry.name), zips.read_entry(entry, block.read), None)
-                except TileError as error:
-                    yield Tile(_id(entry.name), None, str(error))
+                yield Tile(_id(entry.name), zips.read_entry(entry, block.read), None)
+            except TileError as error:
+                yield Tile(_id(entry.name), None, str(error))
 
-    def _of_stream(self) -> Iterator[Tile]:
-        chunk, images = self._chunk, 0
-        self._check(storage.size(chunk.archive) == chunk.archive_bytes)
-        with decompressed(chunk.archive, chunk.archive_bytes) as stream:
-            walk = TarWalk(stream)
-            for member in walk:
-                if is_tile_name(member.name):
-                    images += 1
-                    yield _from_stream(stream, member)
-        self.damage = walk.damage or (None if images else "holds no images")
 
-    def _of_files(self) -> Iterator[Tile]:
-        archive, names = self._chunk.archive, self._chunk.members or ()
-        folder = archive.rpartition("/")[0] if self._chunk.archive_bytes else archive  # a list has a size
-        files = [(name, name if _is_absolute(name) else storage.join(folder, name)) for name in names]
-        threads = FILE_READERS if any(storage.is_uri(location) for _, location in files) else 1
-        return in_order(_read_file, files, threads) if threads > 1 else map(_read_file, files)
+def _of_stream(chunk: Chunk) -> Generator[Tile, None, str | None]:
+    images = 0
+    _check(chunk, storage.size(chunk.archive) == chunk.archive_bytes)
+    with decompressed(chunk.archive, chunk.archive_bytes) as stream:
+        walk = TarWalk(stream)
+        for member in walk:
+            if is_tile_name(member.name):
+                images += 1
+                yield _from_stream(stream, member)
+    return walk.damage or (None if images else "holds no images")
 
-    def _check(self, same: bool) -> None:
-        if not same:
-            raise TilefleetError(
-                f"{self._chunk.archive}: changed since it was planned; "
-                "put the old file back, or classify into a new folder"
-            )
+
+def _of_files(chunk: Chunk) -> Iterator[Tile]:
+    archive, names = chunk.archive, chunk.members or ()
+    folder = archive.rpartition("/")[0] if chunk.archive_bytes else archive  # a list has a size
+    files = [(name, name if _is_absolute(name) else storage.join(folder, name)) for name in names]
+    threads = FILE_READERS if any(storage.is_uri(location) for _, location in files) else 1
+    return in_order(_read_file, files, threads) if threads > 1 else map(_read_file, files)
+
+
+def _check(chunk: Chunk, same: bool) -> None:
+    if not same:
+        raise TilefleetError(
+            f"{chunk.archive}: changed since it was planned; put the old file back, or classify into a new folder"
+        )
+
+
+_READERS: dict[str, Callable[[Chunk], Iterator[Tile]]] = {
+    "tar": _of_tar,
+    "zip": _of_zip,
+    "stream": _of_stream,
+    "files": _of_files,
+}
 
 
 def read_chunk(chunk: Chunk) -> Tiles:
