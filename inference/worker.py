@@ -58,7 +58,9 @@ class ChunkClassifier:
     @cached_property
     def _predictor(self) -> Predictor:
         from inference.predictor import Predictor
+        from training.process import keep_freed_memory
 
+        keep_freed_memory()  # each batch takes what the one before gave back
         terms = self.plan.terms
         return Predictor(self.bundle, terms.engine, terms.batch_size, terms.threads, terms.device)
 

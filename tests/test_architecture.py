@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["configs", "cluster", "training", "inference", "tilefleet"]
-FROM_TRAINING = {"shards", "augment", "models", "bundle", "decode", "encoded", "randomness", "tars"}
+FROM_TRAINING = {"shards", "augment", "models", "bundle", "decode", "encoded", "process", "randomness", "tars"}
 WITH_RAY = {"cluster/session.py", "cluster/jobs.py", "training/train.py", "inference/classify.py"}
 SOURCES = sorted(p for layer in LAYERS for p in [*(ROOT / layer).rglob("*.py"), ROOT / f"{layer}.py"] if p.exists())
 

@@ -22,11 +22,11 @@ def set_up(device: torch.device) -> None:
     """
     if device.type == "cpu":
         torch.set_flush_denormal(True)
-        _keep_freed_memory()
+        keep_freed_memory()
 
 
-def _keep_freed_memory() -> None:
-    """Let the allocator of this process keep what is freed, where it is glibc's."""
+def keep_freed_memory() -> None:
+    """Let this process keep memory that is freed, where glibc would give it back, for work that soon takes as much."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most it takes; larger blocks are few
