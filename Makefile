@@ -1,6 +1,6 @@
 # make demo    the main job, end to end, on synthetic tiles        make check   lint, format, strict types
 # make test    everything that is tested, checks included          make clean   remove what make made
-# make bench   how fast this machine trains, and what limits it
+# make bench   how fast this machine trains and classifies, and what limits it
 # Each sets up .venv from requirements.lock first; Python 3.11 or newer is all that is needed.
 
 PYTHON ?= python3
@@ -32,6 +32,7 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/tilefleet bench ingest
 	$(BIN)/tilefleet bench train
+	$(BIN)/tilefleet bench classify
 
 check: $(READY)
 	$(BIN)/ruff check .
