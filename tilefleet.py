@@ -1,8 +1,8 @@
 """The front door of tilefleet: one command line, a sub-command a verb.
 
 Raw tiles become shards (pack), shards a model (train, evaluate), archives of tiles a table of classes (classify,
-report); ``tilefleet demo`` runs all of it. Exit codes: 0 done; 1 the work failed or data is bad; 2 the command line
-or a config is wrong. Results go to stdout, progress and problems to stderr.
+report); ``tilefleet demo`` runs all of it, ``tilefleet submit`` on a cluster. Exit codes: 0 done; 1 the work failed or
+data is bad; 2 the command line or a config is wrong. Results go to stdout, progress and problems to stderr.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cluster import commands
 from cluster.terminal import progress_line, warn
 from configs.errors import TilefleetError, UsageError
 
@@ -218,7 +219,7 @@ def demo(
     Pack, train, evaluate, classify and report, over one Ray.
     """
     from cluster import storage
-    from cluster.session import session
+    from cluster.session import available_cpus, session
     from configs.schema import load_recipe
     from inference.report import report
     from training.shards import INDEX, load_index
@@ -239,7 +240,7 @@ def demo(
                 write_tiles(source, 300, progress=show)
         pack(source, shards)
     with session():
-        recipe = recipe.model_copy(update={"workers": min(recipe.workers, _cpus())})
+        recipe = recipe.model_copy(update={"workers": min(recipe.workers, available_cpus())})
         _train(recipe, resume=True)
         bundle = f"{recipe.run}/bundle"
         _evaluate(bundle, shards, "test", None)
@@ -281,6 +282,9 @@ def bench(
         result = (measure_ingest if what == "ingest" else measure_train)(prepared, rounds, show)
     print(table(result))
     print(json.dumps(result))
+
+
+commands.add_to(app)
 
 
 def main() -> None:
@@ -387,12 +391,6 @@ def _bench_classify(
         result = measure(prepared, rounds, show)
     print(table(result))
     print(json.dumps(result))
-
-
-def _cpus() -> int:
-    from cluster.session import available_cpus
-
-    return available_cpus()
 
 
 if __name__ == "__main__":

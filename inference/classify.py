@@ -12,7 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any, Literal
 
@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 from cluster.claim import claimed
-from cluster.records import StatusWriter
 from cluster.session import available_cpus, available_gpus, session
 from configs.errors import TilefleetError, UsageError
 from inference import plan as plans
 from inference import sink
+from inference.account import Account
 from inference.archive import list_archives
 from inference.ledger import Totals, add_up, finished, read_totals, take, write_totals
 from inference.plan import BadArchive, Chunk, PlanFile, Progress, Terms
@@ -39,6 +39,10 @@ TRIES, CAREFUL_FROM = 4, 2
 
 STARTS = 10
 """How many workers, for each that is wanted, may die in a row before they can work."""
+
+CALL_SECONDS, LEAST_CALLS = 4.0, 16
+"""What a worker is given at once: chunks for about so long, but so few that each worker is called so often. A call
+costs Ray the time of some tens of tiles; a chunk may be as short."""
 
 DISK_PATIENCE = 600.0
 """Seconds that a worker waits for room on a full disk."""
@@ -77,8 +81,9 @@ def classify(
     began = time.monotonic()
     config = config or ClassifyConfig()
     bundle, out = storage.absolute(bundle), storage.absolute(out)
+    info = read_info(bundle)
     wanted = Terms(
-        bundle_digest=read_info(bundle).digest,
+        bundle_digest=info.digest,
         archives=tuple(sorted(storage.absolute(location) for location in archives)),
         threads=THREADS,
         **config.model_dump(exclude={"workers", "max_error_share"}),
@@ -90,12 +95,16 @@ def classify(
     found = [] if saved else list_archives(archives)
     storage.make_dirs(out)
     with claimed(out), ExitStack() as stack:
-        status = StatusWriter(out, "classify")
-        stack.enter_context(_failure_recorded(status))
+        account = Account(out, info, config.max_error_share)
+        stack.enter_context(account.of_the_end())
         saved = take(out, wanted)  # another driver may have been at work until now
         if not saved:
             plans.write_plan(
-                out, found, lambda sample: _decide(stack, bundle, wanted, sample), config.tiles_per_chunk, progress
+                out,
+                found,
+                lambda sample: _decide(stack, bundle, wanted, sample),
+                config.tiles_per_chunk,
+                account.of_planning(progress),
             )
             saved = take(out, wanted)
             assert saved
@@ -107,14 +116,15 @@ def classify(
         if todo:
             stack.enter_context(session())
             workers = _workers(saved.terms, config.workers, len(todo))
-            status.update(force=True, workers=workers)
+            account.status.update(force=True, workers=workers, wanted_workers=workers)
             for summary in chain([Summary()], _answers(todo, bundle, saved, workers)):
                 total = sink.summed([total, summary])
-                _tell(total, saved, status, progress)
+                account.status.update(workers=min(workers, _limit(saved.terms)[0]))
+                account.of_tiles(total, saved, progress)
                 _check_errors(out, total, saved, config.max_error_share)
         seconds = time.monotonic() - began
         totals = Totals(
-            **total.model_dump(exclude={"seconds", "bad_archives"}),
+            **total.model_dump(include=Totals.model_fields.keys() - {"seconds", "bad_archives"}),
             bad_archives=saved.bad + [BadArchive(*found) for found in sorted(total.bad_archives.items())],
             chunks=saved.chunks,
             seconds=seconds,
@@ -122,8 +132,9 @@ def classify(
             engine=saved.terms.engine,
         )
         write_totals(out, totals, DISK_PATIENCE)
-        status.update(planned_tiles=total.tiles, done_tiles=total.tiles)
-        status.finish("done")
+        account.of_tiles(total, saved)
+        account.status.update(planned_tiles=total.tiles)
+        account.status.finish("done")
     return totals
 
 
@@ -141,7 +152,10 @@ def _decide(stack: ExitStack, bundle: str, wanted: Terms, sample: list[Chunk]) -
     choose = ray.remote(num_cpus=1, num_gpus=min(1, gpus), max_retries=0)(choose_engine)
     for careful in (False, True):
         try:
-            answer: Terms | TilefleetError = ray.get(choose.remote(bundle, sample, wanted, careful))
+            chosen = choose.remote(bundle, sample, wanted, careful)
+            import ray.data  # needed next, and takes seconds: meanwhile
+
+            answer: Terms | TilefleetError = ray.get(chosen)
         except ray.exceptions.RayTaskError:
             raise
         except ray.exceptions.RayError:  # it died: a tile of the sample may be deadly
@@ -154,12 +168,17 @@ def _decide(stack: ExitStack, bundle: str, wanted: Terms, sample: list[Chunk]) -
 
 def _workers(terms: Terms, workers: int | None, chunks: int) -> int:
     """The actors to start: one for each GPU or CPU, but no more than chunks."""
-    limit, kind = (available_gpus(), "GPUs") if terms.device == "cuda" else (available_cpus(), "CPUs")
+    limit, kind = _limit(terms)
     if not limit:
         raise UsageError(f"the run was begun on {kind}, and this cluster has none")
     if workers and workers > limit:
         raise UsageError(f"workers={workers}: the cluster has {limit} {kind}; ask for {limit} or fewer")
     return min(workers or limit, chunks)
+
+
+def _limit(terms: Terms) -> tuple[int, str]:
+    """How many actors the cluster has room for now, and what each of them takes."""
+    return (available_gpus(), "GPUs") if terms.device == "cuda" else (available_cpus(), "CPUs")
 
 
 def _answers(todo: Sequence[int], bundle: str, plan: PlanFile, workers: int) -> Iterator[Summary]:
@@ -171,7 +190,8 @@ def _answers(todo: Sequence[int], bundle: str, plan: PlanFile, workers: int) -> 
     out = plan.location.rpartition("/")[0]
     for deaths in range(TRIES):
         left = set(todo)
-        for number, answer in _pass(todo, bundle, plan, workers, deaths >= CAREFUL_FROM):
+        each = 1 if deaths else _chunks_a_call(plan, len(todo), workers)
+        for number, answer in _pass(todo, each, bundle, plan, workers, deaths >= CAREFUL_FROM):
             left.remove(number)
             yield answer
         written = left & set(map(int, finished(out)))  # by workers that died before they could answer
@@ -186,10 +206,18 @@ def _answers(todo: Sequence[int], bundle: str, plan: PlanFile, workers: int) -> 
     )
 
 
+def _chunks_a_call(plan: PlanFile, chunks: int, workers: int) -> int:
+    trial = plan.terms.trials.get(plan.terms.engine, {})
+    rate, tiles = trial.get("tiles_per_second") or 0.0, plan.tiles / plan.chunks
+    return max(1, min(int(CALL_SECONDS * rate / max(tiles, 1)), chunks // (LEAST_CALLS * workers)))
+
+
 def _pass(
-    numbers: Sequence[int], bundle: str, plan: PlanFile, workers: int, careful: bool
+    numbers: Sequence[int], each: int, bundle: str, plan: PlanFile, workers: int, careful: bool
 ) -> Iterator[tuple[int, Summary]]:
-    """Numbers and summaries of chunks as they are finished by a pool of actors; those of dead actors are missing."""
+    """Numbers and summaries of chunks as they are finished by a pool of actors, about ``each`` to a call; of dead
+    actors those of the call are missing.
+    """
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
@@ -200,15 +228,16 @@ def _pass(
     context.max_errored_blocks = -1  # only death is an error there: see ChunkClassifier
     context.max_consecutive_actor_init_deaths = STARTS * workers
     context.execution_no_progress_timeout_s = -1  # a chunk may take longer, and so may room on a disk or for an actor
+    calls = -(-len(numbers) // each)
     with ray.data.DataContext.current(context):
-        dataset = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
+        dataset = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=calls)
         with warnings.catch_warnings():  # there is no newer way to say how often a task is tried
             warnings.simplefilter("ignore", RayDeprecationWarning)
             dataset = dataset.map_batches(
                 ChunkClassifierActor,
                 fn_constructor_args=(bundle, plan, DISK_PATIENCE, careful),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(workers, len(numbers)), max_tasks_in_flight_per_actor=2),
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(size=min(workers, calls), max_tasks_in_flight_per_actor=2),
                 num_cpus=1,
                 num_gpus=1 if plan.terms.device == "cuda" else 0,
                 max_task_retries=0,  # a retry would wait for its own actor, which may wait for a host that is gone
@@ -229,24 +258,11 @@ class ChunkClassifierActor:
         self.careful = careful
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The ``number`` of a chunk in; it and ``summary`` (JSON) or ``error`` out, each a list of one."""
-        [number] = batch["number"]
-        answer = self.classifier.classify(int(number), self.careful)
-        summary, error = ("", str(answer)) if isinstance(answer, TilefleetError) else (answer.model_dump_json(), "")
-        return {"number": [number], "summary": [summary], "error": [error]}
-
-
-def _tell(total: Summary, plan: PlanFile, status: StatusWriter, progress: Progress | None) -> None:
-    planned = max(plan.tiles, total.tiles)  # those of compressed tars are only counted as they are read
-    status.update(
-        planned_tiles=planned,
-        done_tiles=total.tiles,
-        failed_by_stage=total.errors_by_stage,
-        seconds_by_stage=total.seconds,
-        tiles_by_class=total.tiles_by_class,
-    )
-    if progress:
-        progress("classify", total.tiles, planned)
+        """The ``number`` of each chunk in; they and the ``summary`` (JSON) or ``error`` of each out."""
+        answers = [self.classifier.classify(int(number), self.careful) for number in batch["number"]]
+        errors = [str(answer) if isinstance(answer, TilefleetError) else "" for answer in answers]
+        summaries = ["" if isinstance(answer, TilefleetError) else answer.model_dump_json() for answer in answers]
+        return {"number": batch["number"], "summary": summaries, "error": errors}
 
 
 def _check_errors(out: str, total: Summary, plan: PlanFile, allowed: float) -> None:
@@ -255,19 +271,3 @@ def _check_errors(out: str, total: Summary, plan: PlanFile, allowed: float) -> N
             f"{out}: {total.errors} of {max(plan.tiles, total.tiles)} tiles are bad already, more than "
             f"max_error_share={allowed:g}; the error column says why, what is finished is kept"
         )
-
-
-@contextmanager
-def _failure_recorded(status: StatusWriter) -> Iterator[None]:
-    """Leave ``failed`` and the reason in ``status.json`` when the block fails; a full disk must not hide the reason."""
-    try:
-        yield
-    except BaseException as error:
-        reason = str(error) or type(error).__name__
-        try:
-            status.finish("failed", reason)
-        except TilefleetError:  # the disk is full: the room of the old status does for the new one
-            storage.remove(status.location)
-            with suppress(TilefleetError):
-                status.finish("failed", reason)
-        raise

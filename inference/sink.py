@@ -13,11 +13,13 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster import storage
+from cluster.records import CONFIDENCE_BOUNDS
 from configs.errors import TilefleetError, UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Summary(BaseModel):
     unknown: int = 0
     errors_by_stage: dict[str, int] = {}
     tiles_by_class: dict[str, int] = {}
+    tiles_by_confidence: dict[str, int] = {}  # by CONFIDENCE_BOUNDS; parts of older versions have none
+    confidence_sum: float = 0.0
     seconds: dict[str, float] = {}
     bad_archives: dict[str, str] = {}  # archive -> its damage, where only reading it found that
 
@@ -98,6 +102,7 @@ class Part:
             self._flush()
         unread, bad = sum(error is not None for error in errors), int(failed.sum())
         counts = np.bincount(predictions.class_id[~failed], minlength=len(self._classes)).tolist()
+        confidence = np.nan_to_num(predictions.confidence[~failed].astype(np.float64))  # NaN, of broken weights, is 0
         batch = Summary(
             tiles=len(failed),
             classified=len(failed) - bad,
@@ -105,6 +110,8 @@ class Part:
             unknown=int(predictions.is_unknown.sum()),
             errors_by_stage={"read": unread, "decode": bad - unread},
             tiles_by_class=dict(zip(self._classes.to_pylist(), counts, strict=True)),
+            tiles_by_confidence=_by_confidence(confidence),
+            confidence_sum=float(confidence.sum()),
             seconds=predictions.seconds,
         )
         self.summary = summed([self.summary, batch])
@@ -139,6 +146,8 @@ def summed(summaries: Iterable[Summary]) -> Summary:
             unknown=total.unknown + one.unknown,
             errors_by_stage=_added(total.errors_by_stage, one.errors_by_stage),
             tiles_by_class=_added(total.tiles_by_class, one.tiles_by_class),
+            tiles_by_confidence=_added(total.tiles_by_confidence, one.tiles_by_confidence),
+            confidence_sum=total.confidence_sum + one.confidence_sum,
             seconds=_added(total.seconds, one.seconds),
             bad_archives=total.bad_archives | one.bad_archives,
         )
@@ -175,6 +184,13 @@ def read_predictions(out: str) -> pa.Table:
         raise UsageError(f"{out}: holds no predictions; make them with `tilefleet classify`")
     tables = [pq.read_table(pa.BufferReader(storage.read_bytes(part))) for part in parts]
     return pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
+
+
+def _by_confidence(confidence: npt.NDArray[np.float64]) -> dict[str, int]:
+    """How many of ``confidence`` ``[N]`` lie in each of the ranges; more digits than float32 has are not looked at."""
+    places = np.searchsorted([*CONFIDENCE_BOUNDS.values()], confidence.round(6)).clip(max=len(CONFIDENCE_BOUNDS) - 1)
+    counts = np.bincount(places, minlength=len(CONFIDENCE_BOUNDS)).tolist()
+    return dict(zip(CONFIDENCE_BOUNDS, counts, strict=True))
 
 
 def _added(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

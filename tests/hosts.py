@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "only-for-this-test-0123456789abcdef",
     "RAY_ADDRESS": "10.77.0.1:6379",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # a session of the test's own process may have kept Ray on loopback
     "GLOO_SOCKET_IFNAME": "veth0",  # the machine's name stands for an address that the hosts do not have
     "RAY_health_check_period_ms": "1000",  # a cut link is noticed in some ten seconds instead of a minute
     "RAY_health_check_timeout_ms": "2000",
@@ -44,8 +45,11 @@ class Host:
         self.machine: subprocess.Popen[bytes] | None = None
         self.init = 0
 
-    def boot(self) -> None:
-        """Switch the host on and start Ray there, with one CPU: on the first host as the head of the cluster."""
+    def boot(self, ray: bool = True) -> None:
+        """Switch the host on and start Ray there, with one CPU: on the first host as the head of the cluster.
+
+        Without ``ray`` that is left to whoever uses the host.
+        """
         script = "mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && exec sleep infinity"
         enter = ["nsenter", "--net", f"--target={self.cable.pid}"]
         alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -54,6 +58,10 @@ class Host:
         _wait_for(lambda: children.read_text().split())
         self.init = int(children.read_text().split()[0])
         _wait_for(lambda: Path(f"/proc/{self.init}/comm").read_text().strip() == "sleep")
+        if ray:
+            self._start_ray()
+
+    def _start_ray(self) -> None:
         role = ["--head", "--port=6379", "--include-dashboard=false"]
         if not self.address.endswith(".1"):
             role = [f"--address={ENVIRONMENT['RAY_ADDRESS']}"]
@@ -62,9 +70,11 @@ class Host:
         done = subprocess.run(self._inside(ray), env=os.environ | ENVIRONMENT, capture_output=True, check=False)
         assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
 
-    def start(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: list[str], log: IO[bytes], environment: dict[str, str] = ENVIRONMENT
+    ) -> subprocess.Popen[bytes]:
         """Start ``command`` on the host."""
-        return subprocess.Popen(self._inside(command), env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
+        return subprocess.Popen(self._inside(command), env=os.environ | environment, stdout=log, stderr=log)
 
     def run(self, command: list[str]) -> str:
         """Run ``command`` on the host; its output."""
@@ -95,8 +105,8 @@ class Host:
 
 
 @contextmanager
-def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """A cluster of two hosts with a CPU each; the first is its head."""
+def two_hosts(ray: bool = True) -> Iterator[tuple[Host, Host]]:
+    """A cluster of two hosts with a CPU each; the first is its head. Without ``ray`` they are only switched on."""
     hosts: list[Host] = []
     try:
         for number in (1, 2):
@@ -109,7 +119,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             _ip(host, "link", "set", "lo", "up")
             host.link("up")
         for host in hosts:
-            host.boot()
+            host.boot(ray)
         yield hosts[0], hosts[1]
     finally:
         for host in reversed(hosts):

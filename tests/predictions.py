@@ -85,7 +85,7 @@ def finish(out: str) -> None:
     """Leave what a run leaves at its end."""
     parts = sorted(Path(out, "predictions").iterdir())
     total = sink.summed(sink.read_summary(str(part)) for part in parts)
-    counts = total.model_dump(exclude={"seconds", "bad_archives"})
+    counts = total.model_dump(include=Totals.model_fields.keys() - {"seconds", "bad_archives"})
     end = {"bad_archives": [], "chunks": len(parts), "seconds": 3.0, "tiles_per_second": 1234.0, "engine": "torch-f32"}
     write_totals(out, Totals(**counts, **end), 0)
 

@@ -1,8 +1,9 @@
 """Confidence one can use: a temperature for a bundle, and a distance from which on a tile is ``unknown``.
 
 In come a bundle and its shards, out goes the same bundle with both set: distances are measured from training tiles,
-temperature and threshold are fitted on the validation split. Training runs it at its end; evaluation reads
-the logits through here too, so that all of them judge the same numbers.
+temperature and threshold are fitted on the validation split. How sure the model then is there, and of how many tiles it
+knows nothing, is kept with its metrics, to compare with what it says of others. Training runs it at its end; evaluation
+reads the logits through here too, so that all of them judge the same numbers.
 """
 
 from __future__ import annotations
@@ -49,8 +50,14 @@ def calibrate(bundle: str, shards: str, device: torch.device) -> BundleInfo:
     logits, distances, errors = judge_split(judge, info, reader, device)
     decoded = torch.tensor([error is None for error in errors])
     labels = torch.from_numpy(reader.labels.astype(np.int64))
-    temperature = fit_temperature(logits[decoded], labels[decoded])
-    return save_calibration(bundle, info, temperature, reference, unknown_threshold(distances[decoded]))
+    temperature, threshold = fit_temperature(logits[decoded], labels[decoded]), unknown_threshold(distances[decoded])
+    confidence = torch.softmax(logits[decoded].double() / temperature, dim=1).amax(dim=1)
+    found = {
+        "val_confidence": float(confidence.mean()),
+        "val_unknown": float((~(distances[decoded] <= threshold)).double().mean()),
+    }
+    info = info.model_copy(update={"metrics": info.metrics | found})
+    return save_calibration(bundle, info, temperature, reference, threshold)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

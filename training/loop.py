@@ -39,7 +39,10 @@ LOG_STEPS = 10
 """Steps between two updates of the status; the losses of the steps are reduced over ranks together."""
 
 NOTICE_SECONDS = 5.0
-"""Least time between two looks for a notice that a worker's host is about to go."""
+"""Least time between two looks for a notice that a worker's host is about to go, or for a wish to stop."""
+
+LOOK, STOP = 1.0, 2.0
+"""What rank 0 wishes that all ranks do together: look for a notice; save and end."""
 
 
 class Trainer:
@@ -47,6 +50,7 @@ class Trainer:
 
     ``command`` is the mark of the command that it works for, see :class:`training.checkpoint.Claim`. ``notice`` says
     whether a host is about to go, the same on every rank, which all call it together; a checkpoint is saved then.
+    ``stop``, asked on rank 0 alone, says whether the run shall be saved and end early; its state is ``stopped`` then.
     """
 
     def __init__(
@@ -56,11 +60,12 @@ class Trainer:
         report: Callable[[dict[str, Any]], None] | None = None,
         command: str | None = None,
         notice: Callable[[], bool] | None = None,
+        stop: Callable[[], bool] | None = None,
     ):
         self.recipe = recipe
         self.device = device
         self.report = report
-        self.notice = notice
+        self.notice, self.stop, self.stopping = notice, stop, False
         self.noticed, self.looked = False, time.monotonic()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -85,23 +90,30 @@ class Trainer:
                 recipe.run,
                 "train",
                 workers=self.world_size,
+                wanted_workers=recipe.workers,
                 epochs=recipe.epochs,
                 planned_tiles=recipe.epochs * len(train),
                 done_tiles=self._done_tiles(),
             )
+        self.seconds = dict.fromkeys(("wait", "train", "validate"), 0.0)
+        if self.status:
+            self.seconds |= self.status.status.seconds_by_stage
 
     def fit(self) -> None:
-        """Train from where the run stands to its last epoch, or until it has stopped getting better."""
+        """Train from where the run stands to its last epoch, or until it no longer gets better or shall stop."""
         with deterministic(self.recipe.deterministic):
-            while self.progress.epoch < self.recipe.epochs and not self._is_exhausted():
-                self._train_epoch()
-                self._end_epoch(self._validate())
-        if self.status:
+            while not (self.stopping or self._is_over()):
+                if self._train_epoch():
+                    self._end_epoch(self._validate())
+        if self.status and not self._is_over():
+            self.status.finish("stopped")
+        elif self.status:
             calibrate(storage.join(self.recipe.run, "bundle"), self.recipe.shards, self.device)
             self.status.update(planned_tiles=self._done_tiles())
             self.status.finish("done")
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self) -> bool:
+        """Take the steps of the epoch that are left; False where it is left on the way, with all saved."""
         progress, pending, started = self.progress, Pending(), time.perf_counter()
         before = progress.seconds
         self.learner.begin_epoch(progress.epoch)
@@ -109,9 +121,12 @@ class Trainer:
         for batch in self.train_loader.epoch(epoch, progress.step):
             loss, correct = self.learner.step(batch, self._learning_rate(batch.step))
             pending.add(loss, correct, batch.global_count)
+            seconds = before + time.perf_counter() - started
+            self.seconds["wait"] += batch.waited
+            self.seconds["train"] += seconds - progress.seconds - batch.waited
             progress.step += 1
             progress.waited += batch.waited
-            progress.seconds = before + time.perf_counter() - started
+            progress.seconds = seconds
             if self.recipe.trace:
                 self._trace(batch)
             last = progress.step == self.sampler.steps
@@ -119,21 +134,31 @@ class Trainer:
             noticed = (progress.step % LOG_STEPS == 0 or last or due) and self._log(pending)
             if due or (noticed and not last):
                 self._save()
+            if self.stopping and not last:
+                return False
+        return True
 
     def _log(self, pending: Pending) -> bool:
         """Reduce what happened since the last time over all ranks and tell the status.
 
-        Returns whether there is a new notice. Rank 0's clock says when to look for one, and says so in the sums that
-        are shared anyway: looking costs a call to Ray, and all ranks must do it at the same step.
+        Returns whether there is a new notice, or a wish to stop. Rank 0's clock says when to look for one, and says so
+        in the sums that are shared anyway: looking costs a call to Ray, and all ranks must do it at the same step.
         """
-        look = self.rank == 0 and self.notice is not None and time.monotonic() - self.looked > NOTICE_SECONDS
-        losses, correct, look = pending.reduce(self.device, look)
+        wish = 0.0
+        if self.rank == 0 and time.monotonic() - self.looked > NOTICE_SECONDS:
+            self.looked = time.monotonic()
+            wish = STOP if self.stop and self.stop() else LOOK
+        losses, correct, wish = pending.reduce(self.device, wish)
+        self.stopping = wish == STOP
         self.progress.losses += losses
         self.progress.correct += correct
         self.progress.seen += pending.seen
         pending.clear()
         if not all(math.isfinite(loss) for loss in losses):
-            step = self.progress.step - len(losses) + next(i for i, x in enumerate(losses) if not math.isfinite(x)) + 1
+            first = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+            step = self.progress.step - len(losses) + first + 1
+            if self.status:
+                self.status.update(force=True, loss=losses[first])
             raise TilefleetError(
                 f"{self.recipe.run}: loss is not finite at epoch {self.progress.epoch + 1}, step {step}; "
                 "lower optimizer.learning_rate, then start another run"
@@ -144,15 +169,16 @@ class Trainer:
                 epoch=self.progress.epoch + 1,
                 step=self.progress.epoch * self.sampler.steps + self.progress.step,
                 loss=losses[-1],
-                seconds_by_stage={"wait": self.progress.waited, "train": self.progress.seconds},
+                seconds_by_stage=self.seconds,
             )
-        if not (look and self.notice):
-            return False
-        before, self.noticed, self.looked = self.noticed, self.notice(), time.monotonic()
+        if self.stopping or wish != LOOK or not self.notice:
+            return self.stopping
+        before, self.noticed = self.noticed, self.notice()
         return self.noticed and not before
 
     def _validate(self) -> tuple[float, float]:
         """Mean loss and accuracy over the val split, each tile once over all ranks; NaN where it is empty."""
+        started = time.perf_counter()
         self.learner.agree()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in self.val_loader.pass_once(256):
@@ -162,6 +188,7 @@ class Trainer:
         if self.world_size > 1:
             dist.all_reduce(sums)
         loss, correct, count = sums.tolist()
+        self.seconds["validate"] += time.perf_counter() - started
         return (loss / count, correct / count) if count else (math.nan, math.nan)
 
     def _end_epoch(self, validation: tuple[float, float]) -> None:
@@ -188,7 +215,13 @@ class Trainer:
         self.progress = after
         self._save()
         if self.status:
-            self.status.update(force=True, done_tiles=self._done_tiles(), accuracy=row["val_accuracy"])
+            self.status.update(
+                force=True,
+                done_tiles=self._done_tiles(),
+                accuracy=row["val_accuracy"],
+                seconds_by_stage=self.seconds,
+                progressed=time.time(),
+            )
         if self.report:
             self.report({key: value for key, value in row.items() if key != "losses"})
 
@@ -224,9 +257,10 @@ class Trainer:
             dist.broadcast_object_list(chosen)
         return None if chosen[0] is None else checkpoint.load(chosen[0])
 
-    def _is_exhausted(self) -> bool:
-        patience = self.recipe.early_stopping
-        return patience is not None and self.progress.epochs_since_best >= patience
+    def _is_over(self) -> bool:
+        """Whether there is no epoch to train any more."""
+        patience, progress = self.recipe.early_stopping or math.inf, self.progress
+        return progress.epoch >= self.recipe.epochs or progress.epochs_since_best >= patience
 
     def _learning_rate(self, step: int) -> float:
         """The learning rate of ``step`` of this epoch."""
@@ -241,10 +275,9 @@ class Trainer:
 
     def _trace(self, batch: Batch) -> None:
         ids = [self.train_loader.reader.tile_ids[position] for position in batch.positions]
-        share = {"rank": self.rank, "workers": self.world_size, "tiles": ids}
-        line = {"epoch": self.progress.epoch, "step": batch.step} | share
+        line = {"epoch": self.progress.epoch, "step": batch.step, "rank": self.rank, "workers": self.world_size}
         with open(storage.join(self.recipe.run, f"trace-rank-{self.rank}.jsonl"), "a") as file:  # noqa: PTH123
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line | {"tiles": ids}) + "\n")
 
 
 def main(arguments: list[str]) -> None:

@@ -64,14 +64,14 @@ class Pending:
         self.correct.append(correct)
         self.seen += global_count
 
-    def reduce(self, device: torch.device, wish: bool = False) -> tuple[list[float], int, bool]:
+    def reduce(self, device: torch.device, wish: float = 0.0) -> tuple[list[float], int, float]:
         """The loss of each step and the right answers of all, summed over ranks (every rank must call it).
 
-        Last comes whether any rank had a ``wish``, on which all can then act together.
+        Last comes the sum of the ``wish`` of each rank, a small whole number, on which all can then act together.
         """
-        wished = torch.tensor(float(wish), device=device)
+        wished = torch.tensor(wish, device=device)
         sums = torch.stack([*self.losses, torch.stack(self.correct).sum(), wished]).to(device, torch.float64)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         *losses, correct, wishes = sums.tolist()
-        return losses, round(correct), wishes > 0
+        return losses, round(correct), wishes

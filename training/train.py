@@ -7,15 +7,18 @@ on from the newest whole checkpoint, so nothing is lost but the steps since then
 from __future__ import annotations
 
 import math
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import yaml
 
-from cluster import records, storage
-from cluster.session import by_host, session
+from cluster import records, stop, storage
+from cluster.session import by_host, require_shared, session
 from configs.errors import TilefleetError, UsageError
 from configs.schema import RESUMABLE, Recipe, validate
 from training import checkpoint
@@ -41,19 +44,27 @@ def train(recipe: Recipe, *, resume: bool = False, follow: Follow | None = None)
     recipe = recipe.model_copy(
         update={"shards": storage.absolute(recipe.shards), "runs": storage.absolute(recipe.runs)}
     )
-    check(recipe, load_index(recipe.shards))
-    finished = find_run(recipe, resume=resume)
+    finished = prepare(recipe, resume=resume)
     if finished:
         return finished
     with session():
         layout = _layout(recipe)
+        require_shared(recipe.run, [recipe.shards, *_weights(recipe)])
         write_config(recipe)
         command = checkpoint.claim(recipe.run)
         _fit(recipe, layout, command, follow)
     status = records.read_status(recipe.run)
+    if status and status.state == "stopped":
+        raise TilefleetError(f"{recipe.run}: stopped, all is saved; go on with --resume, or submit it again")
     if status is None or status.state != "done":
         raise TilefleetError(f"{recipe.run}: the workers ended without finishing the run; resume it with --resume")
     return status
+
+
+def prepare(recipe: Recipe, *, resume: bool) -> records.Status | None:
+    """Refuse what cannot be trained, with a :class:`UsageError`; the status of the run where it is finished already."""
+    check(recipe, load_index(recipe.shards))
+    return find_run(recipe, resume=resume)
 
 
 def check(recipe: Recipe, index: Index) -> None:
@@ -128,6 +139,7 @@ def _fit(recipe: Recipe, layout: dict[str, Any], command: str, follow: Follow | 
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     records.clear_failure(recipe.run)
+    stop.clear(recipe.run)
     filesystem, path = storage.filesystem(recipe.run)  # Ray's own would know neither our tries nor one-request writes
     trainer = TorchTrainer(
         _worker,
@@ -142,7 +154,7 @@ def _fit(recipe: Recipe, layout: dict[str, Any], command: str, follow: Follow | 
         ),
     )
     failure = None
-    with _following(recipe.run, follow):
+    with _following(recipe.run, follow), _stoppable(recipe.run):
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -181,11 +193,33 @@ def _worker(config: dict[str, Any]) -> None:
             report=ray.train.report,
             command=command,
             notice=lambda: ray.train.get_preemption_info() is not None,
+            stop=lambda: stop.is_asked(recipe.run),
         ).fit()
     except TilefleetError as error:
         if checkpoint.is_current(recipe.run, command):
             records.write_failure(recipe.run, str(error))
         raise
+
+
+@contextmanager
+def _stoppable(run: str) -> Iterator[None]:
+    """Let SIGTERM, as when the job is stopped, be a wish that workers save a checkpoint and end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    began = time.time()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        status = records.read_status(run)
+        if status is None or status.updated < began:  # no worker is at work that could save anything
+            signal.default_int_handler(number, frame)
+        stop.ask(run)
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -212,6 +246,12 @@ def _following(run: str, follow: Follow | None) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def _weights(recipe: Recipe) -> list[str]:
+    """The file with which training starts, where it is one."""
+    weights = recipe.model.weights
+    return [weights] if weights and storage.exists(weights) else []
 
 
 def _last_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.records import CONFIDENCE_BOUNDS
 from configs.errors import TilefleetError, UsageError
 from inference import sink
 from inference.predictor import Predictions
@@ -115,9 +117,22 @@ def test_the_summary_counts_the_rows_and_is_read_from_the_footer(tmp_path: Path)
         unknown=3,
         errors_by_stage={"read": 1, "decode": 1},
         tiles_by_class={"Water": 2, "Forest": 0, "Crop": 1},
+        tiles_by_confidence=dict.fromkeys(CONFIDENCE_BOUNDS, 0) | {"0.2": 2, "0.9": 1},
+        confidence_sum=summary.confidence_sum,
         seconds={"decode": 1.0, "forward": 3.0},
     )
+    assert summary.confidence_sum == pytest.approx(1.3)
     assert sink.read_summary(sink.part_location(str(tmp_path), "00000000")) == summary
+
+
+def test_confidences_are_counted_by_inclusive_upper_bounds_and_no_number_counts_as_none() -> None:
+    part = sink.Part("/a/x.tar", CLASSES)
+    said = predictions([None] * 6)
+    confidence = np.array([0.1, 0.6, 0.601, 1.0, 1.0000001, np.nan], np.float32)
+    part.add(list("abcdef"), [None] * 6, replace(said, confidence=confidence))
+    counts = part.summary.tiles_by_confidence
+    assert {name: count for name, count in counts.items() if count} == {"0.1": 2, "0.6": 1, "0.7": 1, "1": 2}
+    assert Summary.model_validate_json(part.summary.model_dump_json()) == part.summary
 
 
 def test_damage_that_reading_found_is_in_the_summary(tmp_path: Path) -> None:

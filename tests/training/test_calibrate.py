@@ -61,6 +61,8 @@ def test_calibrating_a_bundle_lowers_its_loss_and_keeps_its_weights(bundle: Path
     scaled, distances, _ = judge_split(judge, saved, reader, torch.device("cpu"))
     assert is_unknown(saved, distances).sum() <= 0.01 * len(reader)
     assert distances.min() > 0
+    assert saved.metrics["val_confidence"] == pytest.approx(float(torch.softmax(scaled, 1).amax(1).mean()), abs=1e-4)
+    assert saved.metrics["val_unknown"] == pytest.approx(float(is_unknown(saved, distances).double().mean()))
     plain = scaled * saved.temperature
     loss = torch.nn.functional.cross_entropy
     assert loss(scaled, labels) <= loss(plain, labels)
