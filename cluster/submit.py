@@ -117,7 +117,7 @@ def list_jobs(address: Address = None, insecure_http: Insecure = False) -> None:
 
 @jobs.command("status")
 def job_status(id: Id, address: Address = None, insecure_http: Insecure = False) -> None:
-    """Show one job, and how far its run is where that can be read from here."""
+    """Show one job, and how far its run is."""
     from cluster.records import read_status
 
     job = _jobs(address, insecure_http).find(id)

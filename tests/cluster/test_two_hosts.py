@@ -29,7 +29,7 @@ from tests.hosts import Host, are_possible, two_hosts
 from tests.processes import descendants
 from tests.runs import traced, write_recipe
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
 
 HEALTH = {
     "RAY_health_check_period_ms": "1000",
@@ -172,7 +172,7 @@ def test_one_run_however_it_is_submitted_stopped_and_killed(machines: tuple[Mach
     wait_for(lambda: is_training(long))
     assert other.processes("RayTrainWorker")
     wait_for(lambda: "train, epoch" in log.read_text())
-    for pid in head.processes("submit"):
+    for pid in descendants(shell.pid):
         os.kill(pid, signal.SIGKILL)
     shell.wait()
     reached = records.read_status(long.run)
@@ -189,8 +189,10 @@ def test_one_run_however_it_is_submitted_stopped_and_killed(machines: tuple[Mach
     assert head.must(*command).startswith(f"{resumed}: resumed\n")
     wait_for(lambda: is_training(long, after=stopped.step or 0))
 
-    [driver] = head.processes("-m tilefleet train recipe.yaml --resume")[-1:]
-    os.kill(driver, signal.SIGKILL)
+    drivers = head.processes("-m tilefleet train recipe.yaml --resume")
+    assert drivers
+    for pid in drivers:
+        os.kill(pid, signal.SIGKILL)
     wait_for(lambda: "failed" in head.must("jobs", "status", resumed))
     code, said = head.run(*command, "--follow")
     assert code == 0, said
