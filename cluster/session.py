@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,9 @@ SETTINGS = {
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Keeps Ray on 127.0.0.1, its open metrics port too; by default it takes the machine's outward address."""
+
+GROWTH_SECONDS = 900.0
+"""How long a machine of the cloud may take to come up."""
 
 PROBE_SECONDS = 60.0
 """How long a node may take to say whether it sees a path."""
@@ -111,6 +115,28 @@ def require_shared(folder: str, inputs: Sequence[str] = ()) -> None:
             f"{folder if path == probe else path}: the node {nodes[node]} does not see it; on a cluster of "
             f"{len(nodes)} nodes a path must be object storage or on a disk that all of them share"
         )
+
+
+@contextmanager
+def grown(workers: int) -> Iterator[None]:
+    """Where the environment names what the cluster grows by (``TILEFLEET_AUTOSCALES``: ``GPU`` or ``CPU``), have so many.
+
+    Waits for them :data:`GROWTH_SECONDS` at most, and lets them go after the block. Elsewhere it does nothing.
+    """
+    kind = os.environ.get("TILEFLEET_AUTOSCALES")
+    if not kind:
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{kind: 1}] * workers)
+    try:
+        last = time.monotonic() + GROWTH_SECONDS
+        while sum(by_host(kind)) < workers and time.monotonic() < last:
+            time.sleep(2)
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 def available_cpus() -> int:

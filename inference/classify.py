@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 from cluster.claim import claimed
-from cluster.session import available_cpus, available_gpus, session
+from cluster.session import available_cpus, available_gpus, grown, require_shared, session
 from configs.errors import TilefleetError, UsageError
 from inference import plan as plans
 from inference import sink
@@ -115,6 +115,8 @@ def classify(
         _check_errors(out, total, saved, config.max_error_share)
         if todo:
             stack.enter_context(session())
+            stack.enter_context(grown(config.workers or 1))
+            require_shared(out, [bundle, *filter(storage.exists, saved.terms.archives)])
             workers = _workers(saved.terms, config.workers, len(todo))
             account.status.update(force=True, workers=workers, wanted_workers=workers)
             for summary in chain([Summary()], _answers(todo, bundle, saved, workers)):
@@ -141,6 +143,7 @@ def classify(
 def _decide(stack: ExitStack, bundle: str, wanted: Terms, sample: list[Chunk]) -> Terms:
     """``wanted`` with the engine filled in, found by a worker; starts Ray for the rest of ``stack``."""
     stack.enter_context(session())
+    stack.enter_context(grown(1))
     import ray  # only now, as it reads its settings then
     import ray.exceptions
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from cluster import records, stop, storage
-from cluster.session import by_host, require_shared, session
+from cluster.session import by_host, grown, require_shared, session
 from configs.errors import TilefleetError, UsageError
 from configs.schema import RESUMABLE, Recipe, validate
 from training import checkpoint
@@ -47,7 +47,7 @@ def train(recipe: Recipe, *, resume: bool = False, follow: Follow | None = None)
     finished = prepare(recipe, resume=resume)
     if finished:
         return finished
-    with session():
+    with session(), grown(recipe.min_workers or recipe.workers):
         layout = _layout(recipe)
         require_shared(recipe.run, [recipe.shards, *_weights(recipe)])
         write_config(recipe)
