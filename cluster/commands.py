@@ -56,7 +56,11 @@ def up(
     if host:
         print(f"on the other machines: copy the token, then tilefleet cluster up --join {node.address}")
     if monitoring and node.jobs:
-        print(f"prometheus: {_watch(node, runs)}")
+        try:
+            print(f"prometheus: {_watch(node, runs)}")
+        except TilefleetError:
+            nodes.down()
+            raise
     print("end it with: tilefleet cluster down")
 
 

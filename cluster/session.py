@@ -119,7 +119,7 @@ def require_shared(folder: str, inputs: Sequence[str] = ()) -> None:
 
 @contextmanager
 def grown(workers: int) -> Iterator[None]:
-    """Where the environment names what the cluster grows by (``TILEFLEET_AUTOSCALES``: ``GPU`` or ``CPU``), have so many.
+    """Have so many where the environment names what the cluster grows by: ``TILEFLEET_AUTOSCALES``, ``GPU`` or ``CPU``.
 
     Waits for them :data:`GROWTH_SECONDS` at most, and lets them go after the block. Elsewhere it does nothing.
     """

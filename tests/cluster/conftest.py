@@ -48,7 +48,10 @@ class User:
     def run(self, *arguments: object, **more: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of ``tilefleet ARGUMENTS``."""
         process = self.start(*arguments, **more)
-        out, err = process.communicate(timeout=200)
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:
+            process.kill()
         return process.returncode, out, err
 
     def must(self, *arguments: object, **more: str) -> str:
