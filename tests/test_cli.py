@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -337,8 +339,39 @@ def test_every_command_has_help_that_fits_a_terminal(run: Run, monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("pack", "verify", "show", "train", "evaluate", "predict", "classify", "report", "demo", "bench"):
-        assert f"  {command} " in out
-        code, text, _ = run(command, "--help")
+    alone = [
+        "pack",
+        "verify",
+        "show",
+        "train",
+        "evaluate",
+        "predict",
+        "classify",
+        "report",
+        "demo",
+        "bench",
+        "exporter",
+    ]
+    groups = {
+        "cluster": ["up", "status", "down"],
+        "submit": ["train", "classify"],
+        "jobs": ["list", "status", "logs", "stop"],
+    }
+    assert all(f"  {name} " in out for name in [*alone, *groups])
+    commands = [[name] for name in [*alone, *groups]] + [[name, sub] for name in groups for sub in groups[name]]
+    for command in commands:
+        code, text, _ = run(*command, "--help")
         assert code == 0
         assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_complete_commands(shell: str) -> None:
+    """As the shell asks it: for the words so far, or for the line."""
+    asked = {"_TILEFLEET_COMPLETE": f"complete_{shell}", "COMP_WORDS": "tilefleet jobs s", "COMP_CWORD": "2"}
+    asked["_TYPER_COMPLETE_ARGS"] = "tilefleet jobs s"
+    program = Path(sys.executable).parent / "tilefleet"
+    said = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, check=False).stdout
+    assert "status" in said
+    assert "stop" in said
+    assert "logs" not in said
