@@ -28,6 +28,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from cluster import token
+from cluster.processes import are_left, beginning, below, send
 from cluster.session import LOOPBACK, SETTINGS, refuse_old
 from configs.errors import TilefleetError, UsageError
 
@@ -36,6 +37,9 @@ START_SECONDS = 180.0
 
 END_SECONDS = 30.0
 """How long the processes of a node may take to end by themselves."""
+
+KILLED_SECONDS = 5.0
+"""How long the system may take to end what is killed."""
 
 STOP_SECONDS = 120
 """How long a job that is stopped may take to save what it has."""
@@ -72,7 +76,7 @@ class Node(BaseModel):
     @property
     def is_up(self) -> bool:
         """Whether that very process still runs."""
-        return _began(self.process) == self.began
+        return beginning(self.process) == self.began
 
 
 def current() -> Node | None:
@@ -131,13 +135,16 @@ def down() -> Node:
     if node is None:
         raise UsageError("no cluster was started on this machine with: tilefleet cluster up")
     was_up, roots = node.is_up, {node.process: node.began} | node.beside
-    processes = {pid: began for root in roots if _began(root) == roots[root] for pid, began in _tree(root).items()}
+    processes = below(roots)
     if processes:
-        _signal(roots, signal.SIGTERM)
+        send(roots, signal.SIGTERM)
         end = time.monotonic() + END_SECONDS
-        while time.monotonic() < end and any(_began(pid) == began for pid, began in processes.items()):
+        while time.monotonic() < end and are_left(processes):
             time.sleep(0.1)
-        _signal(processes, signal.SIGKILL)
+            processes |= below(roots)  # what it had only just started
+        send(processes, signal.SIGKILL)
+        while time.monotonic() < end + KILLED_SECONDS and are_left(processes):
+            time.sleep(0.1)
     if was_up:
         shutil.rmtree(node.folder, ignore_errors=True)
     _file().unlink()
@@ -146,7 +153,7 @@ def down() -> Node:
 
 def attach(node: Node, process: int) -> Node:
     """Let a process end with ``node``."""
-    node = node.model_copy(update={"beside": node.beside | {process: _began(process) or 0}})
+    node = node.model_copy(update={"beside": node.beside | {process: beginning(process) or 0}})
     _remember(node)
     return node
 
@@ -186,7 +193,7 @@ def _start(options: list[str], environment: dict[str, str], node: Node) -> Node:
             stderr=log,
             start_new_session=True,  # Ctrl-C in the terminal is not meant for it
         )
-    node = node.model_copy(update={"process": process.pid, "began": _began(process.pid) or 0})
+    node = node.model_copy(update={"process": process.pid, "began": beginning(process.pid) or 0})
     _remember(node)
     end = time.monotonic() + START_SECONDS
     while STARTED not in node.log.read_text():
@@ -261,36 +268,3 @@ def _interface(host: str) -> dict[str, str]:
                 if socket.inet_ntoa(found[20:24]) == host:
                     return {"GLOO_SOCKET_IFNAME": name}
     return {}
-
-
-def _began(pid: int) -> int | None:
-    """When a process began, in clock ticks; None where there is none."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state == "Z" else int(fields[18])
-
-
-def _tree(root: int) -> dict[int, int]:
-    """``root`` and all processes below it, each with the moment that it began."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found, todo = {}, [root]
-    while todo:
-        pid = todo.pop()
-        if (began := _began(pid)) is not None:
-            found[pid] = began
-        todo += children.get(pid, [])
-    return found
-
-
-def _signal(processes: dict[int, int], number: signal.Signals) -> None:
-    for pid, began in processes.items():
-        if _began(pid) == began:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)

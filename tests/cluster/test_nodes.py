@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster import nodes, session, token
+from cluster.processes import beginning
 from configs.errors import UsageError
 from tests.cluster.conftest import User
 from tests.processes import descendants
@@ -160,9 +161,10 @@ def test_down_ends_all_that_up_started_and_nothing_else(user: User, bystander: s
     node = user.node
     below = descendants(node.process)
     assert any("raylet" in line for line in below.values())
+    began = {pid: beginning(pid) for pid in below}
     assert "has ended" in user.must("cluster", "down")
     assert not node.is_up
-    assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+    assert not {pid: below[pid] for pid in below if began[pid] and beginning(pid) == began[pid]}
     assert not Path(node.folder).exists()
     assert bystander.poll() is None
     assert user.run("cluster", "down")[0] == 2
