@@ -129,9 +129,12 @@ def _watch(node: Node, runs: str) -> str:
 
 
 def _stop_all(url: str) -> None:
-    from cluster.jobs import Jobs
+    from cluster import server
 
     try:
+        server.check(url)
+        from cluster.jobs import Jobs
+
         found = Jobs(url)
         for job in found.all():
             if job.is_at_work:

@@ -1,21 +1,13 @@
-"""How many jobs are in each state: asked of Ray's job API over http, for which Ray itself is not needed.
-
-The cluster's token goes along as Ray expects it, and nowhere but to the address that was named: no proxy is used and no
-redirect followed.
-"""
+"""How many jobs are in each state: asked of Ray's job API over http, for which Ray itself is not needed."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import socket
 import time
-import urllib.request
 from threading import Thread
-from typing import Any
-from urllib.parse import urlsplit
 
-from cluster.token import read_token
+from cluster import server
 from configs.errors import TilefleetError, UsageError
 
 STATES = ("PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED")
@@ -30,21 +22,18 @@ LARGEST = 32 << 20
 class JobApi:
     """The job API at ``address``, as ``http://127.0.0.1:8265``.
 
-    Raises :class:`UsageError` for what is no such address, and for plain http to another machine, on whose way anyone
-    could read the token, unless that is allowed by ``insecure_http``.
+    Raises :class:`UsageError` for what is no such address, and for plain http to another machine unless that is allowed
+    by ``insecure_http``.
     """
 
     def __init__(self, address: str, *, insecure_http: bool = False) -> None:
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{address}: not the address of a job API, which looks like http://127.0.0.1:8265")
-        if parts.scheme == "http" and not insecure_http and not is_here(parts.hostname):
+        parts = server.parsed(address)
+        if server.shows_token(parts) and not insecure_http:
             raise UsageError(
                 f"{address}: plain http would show the cluster's token on the way; use https, or a tunnel "
                 f"(ssh -L 8265:127.0.0.1:{parts.port or 80} {parts.hostname}) and http://127.0.0.1:8265"
             )
-        self._url = address.rstrip("/") + "/api/jobs/"
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+        self._url = address.rstrip("/")
         self._asking: Thread | None = None
         self._until = 0.0
         self._counts: dict[str, int] | None = None
@@ -65,28 +54,10 @@ class JobApi:
 
     def _ask(self) -> None:
         try:
-            token = read_token()
-            request = urllib.request.Request(self._url, headers={"Authorization": f"Bearer {token}"} if token else {})
-            with self._opener.open(request, timeout=TIMEOUT) as response:
+            with server.ask(self._url, "/api/jobs/", TIMEOUT) as response:
                 jobs = json.loads(response.read(LARGEST))
         except (TilefleetError, OSError, ValueError, http.client.HTTPException):
             return
         if isinstance(jobs, list):
             states = [job.get("status") for job in jobs if isinstance(job, dict) and job.get("type") != "DRIVER"]
             self._counts = {state: states.count(state) for state in STATES}
-
-
-def is_here(host: str) -> bool:
-    """Whether what is sent to ``host`` stays on this machine: only an address of its own can be bound."""
-    try:
-        for family, kind, _, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as probe:
-                probe.bind(place)
-    except OSError:
-        return False
-    return True
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Leave a redirect as the error that it is here."""

@@ -29,7 +29,6 @@ from ray.job_submission import JobSubmissionClient
 from cluster import records, server, token
 from cluster.nodes import STOP_SECONDS
 from cluster.package import stage
-from cluster.session import refuse_old
 from configs.errors import TilefleetError, UsageError
 
 AT_WORK = ("PENDING", "RUNNING")
@@ -96,7 +95,7 @@ class Job:
 
 
 class Jobs:
-    """The jobs of the cluster whose job server is at ``url``, which :func:`cluster.server.find` has approved.
+    """The jobs of the cluster at ``url``, which :func:`cluster.server.find` has approved and ``check`` has tried.
 
     All calls raise :class:`TilefleetError` where the server does not answer and :class:`UsageError` where it does not
     take the token.
@@ -104,7 +103,6 @@ class Jobs:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        refuse_old(server.get(url, "/api/version")["ray_version"])
         for handler in logging.getLogger("ray").handlers:
             handler.setLevel(logging.WARNING)  # its notes are not for whoever submits
         bearer = token.read_token()

@@ -17,26 +17,21 @@ def beginning(pid: int) -> int | None:
     return None if state == "Z" else int(fields[18])
 
 
-def _tree(root: int) -> dict[int, int]:
-    """``root`` and all processes below it, each with the moment that it began."""
+def below(roots: dict[int, int]) -> dict[int, int]:
+    """Those of ``roots`` that still run, and all below them, each with the moment that it began."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 children.setdefault(parent, []).append(int(entry.name))
-    found, todo = {}, [root]
+    found, todo = {}, [root for root, began in roots.items() if beginning(root) == began]
     while todo:
         pid = todo.pop()
         if (began := beginning(pid)) is not None:
             found[pid] = began
         todo += children.get(pid, [])
     return found
-
-
-def below(roots: dict[int, int]) -> dict[int, int]:
-    """Those of ``roots`` that still run, and all below them."""
-    return {pid: began for root in roots if beginning(root) == roots[root] for pid, began in _tree(root).items()}
 
 
 def are_left(processes: dict[int, int]) -> bool:

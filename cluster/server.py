@@ -6,16 +6,18 @@ to another machine, through no proxy, and after no redirect.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from cluster import nodes, token
-from cluster.jobapi import is_here
+from cluster.session import refuse_old
 from configs.errors import TilefleetError, UsageError
 
 TIMEOUT = 10.0
@@ -34,10 +36,8 @@ def find(address: str | None, insecure_http: bool = False) -> str:
     url = next((text for text in named if text and "://" in text), node.jobs if node else None)
     if url is None:
         raise UsageError("no cluster is known here; start one with: tilefleet cluster up, or name one with --address")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"{url}: not the address of a job server, which looks like http://127.0.0.1:8265")
-    if parts.scheme == "http" and not insecure_http and not is_here(parts.hostname):
+    parts = parsed(url)
+    if shows_token(parts) and not insecure_http:
         raise UsageError(
             f"{url}: plain http would show the token to the network. Open a tunnel (ssh -N -L "
             f"8265:127.0.0.1:{parts.port or 80} {parts.hostname}) and use --address http://127.0.0.1:8265, or https; "
@@ -46,16 +46,35 @@ def find(address: str | None, insecure_http: bool = False) -> str:
     return url.rstrip("/")
 
 
+def parsed(url: str) -> SplitResult:
+    """The parts of ``url``; raises :class:`UsageError` for what is no address of a job server."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"{url}: not the address of a job server, which looks like http://127.0.0.1:8265")
+    return parts
+
+
+def shows_token(address: SplitResult) -> bool:
+    """Whether it is plain http to another machine, on whose way anyone could read the token."""
+    return address.scheme == "http" and not _is_here(str(address.hostname))
+
+
+def ask(url: str, path: str, timeout: float = TIMEOUT) -> http.client.HTTPResponse:
+    """The answer to ``path``, to be read and closed, asked with the token; raises as ``urllib`` does."""
+    bearer = token.read_token()
+    request = urllib.request.Request(url + path, headers={"Authorization": f"Bearer {bearer}"} if bearer else {})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+    answer: http.client.HTTPResponse = opener.open(request, timeout=timeout)
+    return answer
+
+
 def get(url: str, path: str) -> Any:
     """The JSON that the server answers to ``path``, asked with the token.
 
     Raises :class:`TilefleetError` where it does not answer, :class:`UsageError` where it does not take the token.
     """
-    bearer = token.read_token()
-    request = urllib.request.Request(url + path, headers={"Authorization": f"Bearer {bearer}"} if bearer else {})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
     try:
-        with opener.open(request, timeout=TIMEOUT) as response:
+        with ask(url, path) as response:
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -63,6 +82,11 @@ def get(url: str, path: str) -> Any:
         raise TilefleetError(f"{url}{path}: {error}") from error
     except (OSError, ValueError) as error:
         raise silent(url) from error
+
+
+def check(url: str) -> None:
+    """See that the server takes our token and runs a release of Ray that is not refused; raises where not."""
+    refuse_old(get(url, "/api/version")["ray_version"])
 
 
 def refused(url: str) -> UsageError:
@@ -118,6 +142,17 @@ def _versions(url: str, alive: list[dict[str, Any]]) -> Iterator[str]:
         differing = [f"{name} {versions[name]}" for name in VERSIONS if versions[name] not in (None, here[name])]
         if differing:
             yield f"{address} differs: {', '.join(differing)}"
+
+
+def _is_here(host: str) -> bool:
+    """Whether what is sent to ``host`` stays on this machine: only an address of its own can be bound."""
+    try:
+        for family, kind, _, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.bind(place)
+    except OSError:
+        return False
+    return True
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

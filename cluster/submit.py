@@ -180,17 +180,20 @@ def _is_here(location: str, url: str) -> bool:
 def _jobs(address: str | None, insecure_http: bool) -> Jobs:
     from cluster import server
 
-    url = server.find(address, insecure_http)
-    server.get(url, "/api/version")  # the wrong token or address is said before Ray is imported
+    return _connected(server.find(address, insecure_http))
+
+
+def _connected(url: str) -> Jobs:
+    from cluster import server
+
+    server.check(url)  # the wrong token or address is said before Ray is imported
     from cluster.jobs import Jobs
 
     return Jobs(url)
 
 
 def _submit(work: Work, url: str, follow: bool) -> None:
-    from cluster.jobs import Jobs
-
-    found = Jobs(url)
+    found = _connected(url)
     job, how = found.submit(work)
     print(f"{job.id}: {how}", flush=True)
     if follow:
