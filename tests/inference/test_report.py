@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from cluster import storage
 from cluster.records import StatusWriter, append_metrics
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
@@ -253,6 +254,27 @@ def test_a_damaged_record_is_an_error_of_one_line(run: str, name: str) -> None:
     with pytest.raises(TilefleetError, match="first: a record in it is damaged") as caught:
         report(run)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.process
+def test_pages_on_object_storage_say_what_those_on_a_disk_say(run: str, bucket: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    out = predictions(made, finished=True)
+    evaluation = Path(run, "evaluation", "evaluation.json")
+    pages = [Page(report(out)), Page(report(run))]
+    evaluation.write_text(evaluation.read_text().replace(str(tmp_path), bucket))
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            storage.write_bytes(f"{bucket}/{file.relative_to(tmp_path)}", file.read_bytes())
+    far = [report(location.replace(str(tmp_path), bucket)) for location in (out, run)]
+    assert far == [f"{bucket}/made/out/report.html", f"{bucket}/runs/first/report.html"]
+    for there, here in zip(far, pages, strict=True):
+        copy = tmp_path / "copy.html"
+        copy.write_bytes(storage.read_bytes(there))
+        page = Page(str(copy))
+        assert page.text.replace(bucket, str(tmp_path)) == here.text
+        assert page.alts == here.alts != []
 
 
 def test_what_is_neither_run_nor_predictions_is_refused(tmp_path: Path) -> None:
