@@ -50,14 +50,13 @@ class Host:
 
         Without ``ray`` that is left to whoever uses the host.
         """
-        script = "mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && exec sleep infinity"
+        waiting = "{ sleep infinity & wait; }"  # a shell that waits also clears away what orphans leave
+        script = f"mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && {waiting}"
         enter = ["nsenter", "--net", f"--target={self.cable.pid}"]
         alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self.machine = _start(*enter, *alone, "sh", "-c", script)
-        children = Path(f"/proc/{self.machine.pid}/task/{self.machine.pid}/children")
-        _wait_for(lambda: children.read_text().split())
-        self.init = int(children.read_text().split()[0])
-        _wait_for(lambda: Path(f"/proc/{self.init}/comm").read_text().strip() == "sleep")
+        self.init = _child(self.machine.pid)
+        _wait_for(lambda: Path(f"/proc/{_child(self.init)}/comm").read_text().strip() == "sleep")
         if ray:
             self._start_ray()
 
@@ -132,6 +131,13 @@ def _ip(host: Host, *arguments: str) -> None:
 
 def _start(*command: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command])
+
+
+def _child(pid: int) -> int:
+    """The only child of a process, once it has one."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    _wait_for(lambda: children.read_text().split())
+    return int(children.read_text().split()[0])
 
 
 def _wait_for(happened: object) -> None:

@@ -109,7 +109,7 @@ def long(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     )
 
 
-EPOCHS = 48
+EPOCHS = 24
 
 
 def wait_for(happened: Callable[[], Any], seconds: float = 300) -> Any:
