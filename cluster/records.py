@@ -97,6 +97,11 @@ class StatusWriter:
         self._written = 0.0
         self.update(force=True, **fields, progressed=now)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the last write is so old that the next update is written."""
+        return time.time() - self._written >= self.interval
+
     def update(self, *, force: bool = False, **fields: Any) -> None:
         """Take over ``fields`` and write them when the last write is old enough, or at once by ``force``.
 
@@ -108,7 +113,7 @@ class StatusWriter:
         moved = any((fields.get(name) or 0) > (before[name] or 0) for name in ("done_tiles", "step"))
         after = before | ({"progressed": now} if moved else {}) | fields | grown | {"updated": now}
         self.status = Status.model_validate(after)
-        if force or now - self._written >= self.interval:
+        if force or self.is_due:
             try:
                 storage.write_bytes(self.location, self.status.model_dump_json(indent=1).encode())
             except storage.DiskFullError:

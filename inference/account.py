@@ -36,8 +36,10 @@ class Account:
 
         return note
 
-    def of_tiles(self, total: Summary, plan: PlanFile, progress: Progress | None = None) -> None:
-        """Tell what came of all tiles that are done."""
+    def of_tiles(
+        self, total: Summary, plan: PlanFile, progress: Progress | None = None, workers: int | None = None
+    ) -> None:
+        """Tell what came of all tiles that are done, and how many ``workers`` there are where that was looked up."""
         planned = max(plan.tiles, total.tiles)  # those of compressed tars are only counted as they are read
         self.status.update(
             planned_tiles=planned,
@@ -48,6 +50,7 @@ class Account:
             unknown_tiles=total.unknown,
             tiles_by_confidence=total.tiles_by_confidence,
             confidence_sum=total.confidence_sum,
+            workers=self.status.status.workers if workers is None else workers,
         )
         if progress:
             progress("classify", total.tiles, planned)

@@ -8,13 +8,11 @@ done, so the same command run again finishes what an earlier one left:
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +26,7 @@ from inference.account import Account
 from inference.archive import list_archives
 from inference.ledger import Totals, add_up, finished, read_totals, take, write_totals
 from inference.plan import BadArchive, Chunk, PlanFile, Progress, Terms
+from inference.pool import Size, run_pass
 from inference.sink import Summary
 from training.bundle import check_bundle, read_info
 
@@ -36,9 +35,6 @@ THREADS = 1
 
 TRIES, CAREFUL_FROM = 4, 2
 """How many workers may die over a chunk, and from how many on its tiles are first decoded in processes that may die."""
-
-STARTS = 10
-"""How many workers, for each that is wanted, may die in a row before they can work."""
 
 CALL_SECONDS, LEAST_CALLS = 4.0, 16
 """What a worker is given at once: chunks for about so long, but so few that each worker is called so often. A call
@@ -49,9 +45,14 @@ DISK_PATIENCE = 600.0
 
 
 class ClassifyConfig(BaseModel):
-    """Options of a run. ``workers`` defaults to the GPUs of the cluster, or to its CPUs where it has none.
+    """Options of a run. ``workers`` defaults to the GPUs of the cluster, or to its CPUs where it has none; they become
+    more with the cluster, unless they are given.
 
-    A run in which more than ``max_error_share`` of all tiles end as an error is stopped as soon as that is certain.
+    ``decode`` says who decodes tiles: threads of each worker (``cpu``), its GPU (``gpu``), or processes on CPUs that
+    the workers leave free, anywhere in the cluster (``pool``). ``auto`` is ``cpu`` where workers have no GPU; where
+    they have, the faster of ``cpu`` and ``gpu`` on tiles of the archives. ``pool`` is taken only where it is asked for:
+    it is for GPUs on machines with few cores. A run in which more than ``max_error_share`` of all tiles end as an error
+    is stopped as soon as that is certain.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +61,7 @@ class ClassifyConfig(BaseModel):
     batch_size: int = Field(default=256, ge=1)
     workers: int | None = Field(default=None, ge=1)
     engine: Literal["auto", "torch", "torch-bf16", "openvino", "openvino-bf16", "compiled-bf16"] = "auto"
+    decode: Literal["auto", "cpu", "gpu", "pool"] = "auto"
     probabilities: bool = False
     max_error_share: float = Field(default=1.0, ge=0, le=1)
 
@@ -74,9 +76,9 @@ def classify(
     """Classify every tile of ``archives`` into ``out`` and return the totals; a finished run answers at once.
 
     ``progress`` is called with (``plan``, archives done, archives) and (``classify``, tiles done, tiles). Raises
-    :class:`UsageError` where ``out`` holds something else, another process works on it or ``workers`` is too many,
-    :class:`TilefleetError` where no tile could be planned, an archive changed, a disk stays full, too many tiles are
-    bad or a chunk keeps ending its worker. Finished parts are always kept.
+    :class:`UsageError` where ``out`` holds something else, another process works on it, or ``workers`` or ``decode``
+    asks for what the cluster lacks; :class:`TilefleetError` where no tile could be planned, an archive changed, a disk
+    stays full, too many tiles are bad or a chunk keeps ending its worker. Finished parts are always kept.
     """
     began = time.monotonic()
     config = config or ClassifyConfig()
@@ -117,12 +119,12 @@ def classify(
             stack.enter_context(session())
             stack.enter_context(grown(config.workers or 1))
             require_shared(out, [bundle, *filter(storage.exists, saved.terms.archives)])
-            workers = _workers(saved.terms, config.workers, len(todo))
-            account.status.update(force=True, workers=workers, wanted_workers=workers)
-            for summary in chain([Summary()], _answers(todo, bundle, saved, workers)):
+            size = _size(saved.terms, config.workers, len(todo))
+            account.status.update(force=True, workers=size.workers, wanted_workers=size.workers)
+            for summary in chain([Summary()], _answers(todo, bundle, saved, size)):
                 total = sink.summed([total, summary])
-                account.status.update(workers=min(workers, _limit(saved.terms)[0]))
-                account.of_tiles(total, saved, progress)
+                workers = min(size.most, _limit(saved.terms)[0]) if account.status.is_due else None
+                account.of_tiles(total, saved, progress, workers)
                 _check_errors(out, total, saved, config.max_error_share)
         seconds = time.monotonic() - began
         totals = Totals(
@@ -141,7 +143,7 @@ def classify(
 
 
 def _decide(stack: ExitStack, bundle: str, wanted: Terms, sample: list[Chunk]) -> Terms:
-    """``wanted`` with the engine filled in, found by a worker; starts Ray for the rest of ``stack``."""
+    """``wanted`` with engine and decoder filled in, found by a worker; starts Ray for the rest of ``stack``."""
     stack.enter_context(session())
     stack.enter_context(grown(1))
     import ray  # only now, as it reads its settings then
@@ -149,9 +151,11 @@ def _decide(stack: ExitStack, bundle: str, wanted: Terms, sample: list[Chunk]) -
 
     from inference.worker import choose_engine
 
+    if wanted.decode == "pool":
+        _check_pool(1)  # before there is a plan that says so
     gpus = available_gpus()
-    if not gpus and wanted.engine == "torch":
-        return wanted
+    if not gpus and wanted.engine == "torch" and wanted.decode != "gpu":
+        return wanted.model_copy(update={"decode": "cpu"} if wanted.decode == "auto" else {})
     choose = ray.remote(num_cpus=1, num_gpus=min(1, gpus), max_retries=0)(choose_engine)
     for careful in (False, True):
         try:
@@ -169,22 +173,40 @@ def _decide(stack: ExitStack, bundle: str, wanted: Terms, sample: list[Chunk]) -
     raise TilefleetError(f"{bundle}: the process that tries engines died twice; name one with engine=torch")
 
 
-def _workers(terms: Terms, workers: int | None, chunks: int) -> int:
-    """The actors to start: one for each GPU or CPU, but no more than chunks."""
+def _size(terms: Terms, workers: int | None, chunks: int) -> Size:
+    """The pool to start with: a worker for each GPU or CPU, but no more than chunks."""
     limit, kind = _limit(terms)
+    if terms.decode == "pool":
+        _check_pool(workers or 1)
     if not limit:
         raise UsageError(f"the run was begun on {kind}, and this cluster has none")
     if workers and workers > limit:
         raise UsageError(f"workers={workers}: the cluster has {limit} {kind}; ask for {limit} or fewer")
-    return min(workers or limit, chunks)
+    first = min(workers or limit, chunks)
+    most = min(workers or chunks, chunks)
+    if terms.decode != "pool":
+        return Size(first, most)
+    decoders = available_cpus() // first - 1
+    return Size(first, most if kind == "GPUs" else first, decoders)  # Ray Data knows of no CPUs that decoders hold
 
 
 def _limit(terms: Terms) -> tuple[int, str]:
-    """How many actors the cluster has room for now, and what each of them takes."""
-    return (available_gpus(), "GPUs") if terms.device == "cuda" else (available_cpus(), "CPUs")
+    """How many workers the cluster has room for now, and what each of them takes."""
+    limit, kind = (available_gpus(), "GPUs") if terms.device == "cuda" else (available_cpus(), "CPUs")
+    return min(limit, available_cpus() // 2) if terms.decode == "pool" else limit, kind
 
 
-def _answers(todo: Sequence[int], bundle: str, plan: PlanFile, workers: int) -> Iterator[Summary]:
+def _check_pool(workers: int) -> None:
+    """Raise :class:`UsageError` where the cluster has no CPU for each of so many workers and one for its decoder."""
+    cpus = available_cpus()
+    if cpus < 2 * workers:
+        raise UsageError(
+            f"decode=pool: {2 * workers} CPUs are needed, one for each worker and one to decode for it, and the "
+            f"cluster has {cpus}; " + (f"ask for workers={cpus // 2}" if cpus > 1 else "choose decode=cpu")
+        )
+
+
+def _answers(todo: Sequence[int], bundle: str, plan: PlanFile, size: Size) -> Iterator[Summary]:
     """The summaries of chunks as they are finished; ends when every one of ``todo`` is done.
 
     A chunk whose worker died is left to the next pass. Raises the first error that a worker answers, and where a chunk
@@ -193,8 +215,8 @@ def _answers(todo: Sequence[int], bundle: str, plan: PlanFile, workers: int) -> 
     out = plan.location.rpartition("/")[0]
     for deaths in range(TRIES):
         left = set(todo)
-        each = 1 if deaths else _chunks_a_call(plan, len(todo), workers)
-        for number, answer in _pass(todo, each, bundle, plan, workers, deaths >= CAREFUL_FROM):
+        each = 1 if deaths else _chunks_a_call(plan, len(todo), size.workers)
+        for number, answer in run_pass(todo, each, bundle, plan, DISK_PATIENCE, deaths >= CAREFUL_FROM, size):
             left.remove(number)
             yield answer
         written = left & set(map(int, finished(out)))  # by workers that died before they could answer
@@ -213,59 +235,6 @@ def _chunks_a_call(plan: PlanFile, chunks: int, workers: int) -> int:
     trial = plan.terms.trials.get(plan.terms.engine, {})
     rate, tiles = trial.get("tiles_per_second") or 0.0, plan.tiles / plan.chunks
     return max(1, min(int(CALL_SECONDS * rate / max(tiles, 1)), chunks // (LEAST_CALLS * workers)))
-
-
-def _pass(
-    numbers: Sequence[int], each: int, bundle: str, plan: PlanFile, workers: int, careful: bool
-) -> Iterator[tuple[int, Summary]]:
-    """Numbers and summaries of chunks as they are finished by a pool of actors, about ``each`` to a call; of dead
-    actors those of the call are missing.
-    """
-    import ray.data
-    from ray.util.annotations import RayDeprecationWarning
-
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.max_errored_blocks = -1  # only death is an error there: see ChunkClassifier
-    context.max_consecutive_actor_init_deaths = STARTS * workers
-    context.execution_no_progress_timeout_s = -1  # a chunk may take longer, and so may room on a disk or for an actor
-    calls = -(-len(numbers) // each)
-    with ray.data.DataContext.current(context):
-        dataset = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=calls)
-        with warnings.catch_warnings():  # there is no newer way to say how often a task is tried
-            warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = dataset.map_batches(
-                ChunkClassifierActor,
-                fn_constructor_args=(bundle, plan, DISK_PATIENCE, careful),
-                batch_size=None,
-                compute=ray.data.ActorPoolStrategy(size=min(workers, calls), max_tasks_in_flight_per_actor=2),
-                num_cpus=1,
-                num_gpus=1 if plan.terms.device == "cuda" else 0,
-                max_task_retries=0,  # a retry would wait for its own actor, which may wait for a host that is gone
-            )
-        for row in dataset.iter_rows():
-            if row["error"]:
-                raise TilefleetError(row["error"])
-            yield row["number"], Summary.model_validate_json(row["summary"])
-
-
-class ChunkClassifierActor:
-    """A :class:`ChunkClassifier` as Ray Data calls it."""
-
-    def __init__(self, bundle: str, plan: PlanFile, patience: float, careful: bool) -> None:
-        from inference.worker import ChunkClassifier
-
-        self.classifier = ChunkClassifier(bundle, plan, patience)
-        self.careful = careful
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The ``number`` of each chunk in; they and the ``summary`` (JSON) or ``error`` of each out."""
-        answers = [self.classifier.classify(int(number), self.careful) for number in batch["number"]]
-        errors = [str(answer) if isinstance(answer, TilefleetError) else "" for answer in answers]
-        summaries = ["" if isinstance(answer, TilefleetError) else answer.model_dump_json() for answer in answers]
-        return {"number": batch["number"], "summary": summaries, "error": errors}
 
 
 def _check_errors(out: str, total: Summary, plan: PlanFile, allowed: float) -> None:

@@ -164,7 +164,7 @@ def agreement(
             answer.append((logits[whole], distances[whole]))
     if not any(decoded):
         raise TilefleetError(f"engine {engine}: there is no tile that can be decoded to check it with")
-    expected, found = (_joined(answer) for answer in answers)
+    expected, found = (joined(answer) for answer in answers)
     known = None if labels is None else torch.as_tensor(labels)[decoded]
     return compare(info, expected, found, known)
 
@@ -234,12 +234,13 @@ def _measure(engine: Engine, pixels: Tensor, seconds: float, least: float = 0) -
             answers.append(answer)
             judged += count
         if now >= end or rate < least or (judged == len(pixels) and now >= began + SECONDS):
-            return _joined(answers), rate
+            return joined(answers), rate
         start = (start + count) % len(pixels)
         step = max(engine.rows, min(engine.batch_size, int(rate * (end - now))))
 
 
-def _joined(answers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def joined(answers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What an engine answered batch by batch, as one."""
     return torch.cat([logits for logits, _ in answers]), torch.cat([distances for _, distances in answers])
 
 

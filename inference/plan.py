@@ -92,10 +92,15 @@ class Terms(BaseModel):
     threads: int
     trials: dict[str, Any] = {}
     """What was measured of each engine, see :class:`inference.engines.Trial`."""
+    decode: str = "cpu"
+    """Who decodes: ``cpu``, ``gpu`` or ``pool``; plans that do not say so are older, and it was ``cpu`` for all."""
+    decode_trials: dict[str, Any] = {}
+    """What was measured of each of them, in the same form."""
 
     def differences(self, saved: Terms) -> list[str]:
-        """Names of what is asked for here and was otherwise in a ``saved`` run; ``auto`` is any engine."""
-        found = {"device", "threads", "trials"} | ({"engine"} if self.engine == "auto" else set())
+        """Names of what is asked for here and was otherwise in a ``saved`` run; ``auto`` is any."""
+        found = {"device", "threads", "trials", "decode_trials"}
+        found |= {name for name in ("engine", "decode") if getattr(self, name) == "auto"}
         asked = [name for name in Terms.model_fields if name not in found]
         return [name for name in asked if getattr(self, name) != getattr(saved, name)]
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from inference.forward import BATCH_SIZE, REFERENCE, Engine, find_device
-from training.bundle import is_unknown, load_bundle
+from training.bundle import BundleInfo, is_unknown, load_bundle
 from training.decode import decode_tiles
 from training.encoded import jpeg_shape
 
@@ -29,6 +30,10 @@ DECODE_THREADS = 8
 """Most threads that decode for a GPU, unless more are asked for."""
 
 Decoded = tuple[Tensor, list[str | None]]
+"""Pixels, uint8 ``[N, 3, size, size]``, and for each tile None or why it could not be decoded."""
+
+Decode = Callable[[Sequence[bytes]], Decoded]
+"""Decodes a batch; see :func:`on_threads`, :func:`on_gpu` and :class:`inference.pool.DecoderPool`."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,9 @@ class Predictor:
     """The model of a bundle, ready on a device in an engine (see :mod:`inference.forward`).
 
     ``device`` is ``cpu``, ``cuda`` or ``auto``, which takes a GPU where there is one. ``threads`` sets PyTorch's
-    threads for this process, and the engine's. ``decode_threads`` is how many decode a batch together: 1 on a CPU,
-    unless given. With ``gpu_decode`` plain JPEGs of the bundle's tile size are decoded on the GPU, to pixels that may
-    differ a little from the CPU's. Raises :class:`UsageError` for a device or engine that is not here, and what
-    ``load_bundle`` raises.
+    threads for this process, and the engine's. ``decode`` decodes a batch, ``in_flight`` of them at once where a stream
+    is read ahead; unless given, one thread does on a CPU and up to :data:`DECODE_THREADS` do for a GPU. Raises
+    :class:`UsageError` for a device or engine that is not here, and what ``load_bundle`` raises.
     """
 
     def __init__(
@@ -69,8 +73,8 @@ class Predictor:
         batch_size: int = BATCH_SIZE,
         threads: int | None = None,
         device: str = "auto",
-        decode_threads: int | None = None,
-        gpu_decode: bool = False,
+        decode: Decode | None = None,
+        in_flight: int = 1,
     ) -> None:
         self.device = find_device(device)
         if threads is not None:
@@ -79,9 +83,8 @@ class Predictor:
         self.engine = engine
         self.batch_size = batch_size
         self._forward = Engine(engine, judge, self.info, self.device, batch_size, threads)
-        cores = len(os.sched_getaffinity(0))
-        self._decoders = decode_threads or (min(cores, DECODE_THREADS) if self.device == "cuda" else 1)
-        self._gpu_decode = gpu_decode and self.device == "cuda"
+        self._decode = decode or on_threads(self.info, decode_threads(self.device))
+        self._in_flight = in_flight
 
     def predict(self, encoded: Sequence[bytes]) -> Predictions:
         """Classify encoded images; one that cannot be decoded gets an error and does not disturb the others."""
@@ -99,51 +102,40 @@ class Predictor:
     def predict_stream(self, tiles: Iterable[bytes], overlap: bool | None = None) -> Iterator[Predictions]:
         """Classify encoded images as they come, ``batch_size`` at a time, in order; the last batch may be smaller.
 
-        With ``overlap`` a thread draws and decodes the next batch while this one is in the model or with the caller,
-        so that no more than two are held. Unless given it is so where that gains time: on a GPU, or with more than one
-        thread. The results are the same to the bit. What ``tiles`` raises is raised after the batches before it.
+        With ``overlap`` threads draw and decode the next batches while this one is in the model or with the caller, so
+        that no more than one and those in flight are held. Unless given it is so where that gains time: on a GPU, with
+        more than one thread, or with several batches in flight. The results are the same to the bit. What ``tiles``
+        raises is raised after the batches before it.
         """
         left = iter(tiles)
-        with ThreadPoolExecutor(self._decoders) as pool:
-            decode = self._decoder(pool)
-            if overlap is None:
-                overlap = self.device == "cuda" or torch.get_num_threads() > 1
-            if not overlap:
-                while batch := self._next(left, decode):
-                    yield self._predictions(batch)
-                return
-            with ThreadPoolExecutor(1) as reader:
-                ahead = reader.submit(self._next, left, decode)
-                while batch := ahead.result():
-                    ahead = reader.submit(self._next, left, decode)
-                    yield self._predictions(batch)
+        if overlap is None:
+            overlap = self.device == "cuda" or torch.get_num_threads() > 1 or self._in_flight > 1
+        if not overlap:
+            while batch := self._batch(*self._draw(left)):
+                yield self._predictions(batch)
+            return
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(self._in_flight) as decoders:
 
-    def _next(self, tiles: Iterator[bytes], decode: Callable[[Sequence[bytes]], Decoded]) -> Batch | None:
-        """Read and decode the next batch; None at the end."""
+            def start() -> Future[Batch | None]:
+                drawn = reader.submit(self._draw, left)  # by one thread, so in order
+                return decoders.submit(lambda: self._batch(*drawn.result()))
+
+            ahead = deque(start() for _ in range(self._in_flight))
+            while batch := ahead.popleft().result():
+                ahead.append(start())
+                yield self._predictions(batch)
+
+    def _draw(self, tiles: Iterator[bytes]) -> tuple[list[bytes], float]:
+        """The next tiles, none at the end, and the seconds that reading them took."""
         began = time.perf_counter()
-        encoded = list(islice(tiles, self.batch_size))
-        read = time.perf_counter()
+        return list(islice(tiles, self.batch_size)), time.perf_counter() - began
+
+    def _batch(self, encoded: list[bytes], read: float) -> Batch | None:
         if not encoded:
             return None
-        pixels, errors = decode(encoded)
-        return Batch(pixels, errors, read - began, time.perf_counter() - read)
-
-    def _decoder(self, pool: ThreadPoolExecutor) -> Callable[[Sequence[bytes]], Decoded]:
-        """What decodes a batch: one thread, or all of ``pool``, each a part of it, and the GPU before them."""
-
-        def single(encoded: Sequence[bytes]) -> Decoded:
-            return decode_tiles(encoded, self.info.tile_size)
-
-        def shared(encoded: Sequence[bytes]) -> Decoded:
-            length = -(-len(encoded) // self._decoders) or 1
-            parts = [encoded[start : start + length] for start in range(0, len(encoded), length)]
-            pixels, errors = zip(*pool.map(single, parts), strict=True)
-            return torch.cat(pixels), [error for part in errors for error in part]
-
-        on_cpu = single if self._decoders == 1 else shared
-        if not self._gpu_decode:
-            return on_cpu
-        return lambda encoded: _decode_on_gpu(encoded, self.info.tile_size, self.device, on_cpu)
+        began = time.perf_counter()
+        pixels, errors = self._decode(encoded)
+        return Batch(pixels, errors, read, time.perf_counter() - began)
 
     def _predictions(self, batch: Batch) -> Predictions:
         began = time.perf_counter()
@@ -161,9 +153,44 @@ class Predictor:
         )
 
 
-def _decode_on_gpu(
-    encoded: Sequence[bytes], size: int, device: str, on_cpu: Callable[[Sequence[bytes]], Decoded]
-) -> Decoded:
+def decode_threads(device: str) -> int:
+    """How many threads of this process decode for an engine on ``device``, unless told otherwise."""
+    return min(len(os.sched_getaffinity(0)), DECODE_THREADS) if device == "cuda" else 1
+
+
+def on_threads(info: BundleInfo, threads: int) -> Decode:
+    """Decodes on the CPU, to tiles as the bundle of ``info`` takes them: each of ``threads`` a part of the batch."""
+
+    def single(encoded: Sequence[bytes]) -> Decoded:
+        return decode_tiles(encoded, info.tile_size)
+
+    if threads == 1:
+        return single
+    pool = ThreadPoolExecutor(threads)
+    return lambda encoded: joined(pool.map(single, split(encoded, -(-len(encoded) // threads))))
+
+
+def on_gpu(info: BundleInfo, device: str = "cuda") -> Decode:
+    """Decodes plain JPEGs of the bundle's tile size on the GPU, to pixels that may differ a little from the CPU's.
+
+    Everything else is left to threads.
+    """
+    on_cpu = on_threads(info, decode_threads(device))
+    return lambda encoded: _decode_on_gpu(encoded, info.tile_size, device, on_cpu)
+
+
+def split(encoded: Sequence[bytes], length: int) -> list[Sequence[bytes]]:
+    """``encoded`` in parts of so many tiles, in order; the last may be shorter."""
+    return [encoded[start : start + length] for start in range(0, len(encoded), max(1, length))]
+
+
+def joined(parts: Iterable[Decoded]) -> Decoded:
+    """Decoded parts of a batch, in order, as one."""
+    pixels, errors = zip(*parts, strict=True)
+    return torch.cat(pixels), [error for part in errors for error in part]
+
+
+def _decode_on_gpu(encoded: Sequence[bytes], size: int, device: str, on_cpu: Decode) -> Decoded:
     """As ``decode_tiles``, with pixels on ``device``: whole colour JPEGs that need no resizing are decoded there.
 
     The GPU's decoder fills in what a file that was cut short lacks, so one without its end marker is left to the CPU.

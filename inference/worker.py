@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from cluster import storage
-from configs.errors import TilefleetError
+from configs.errors import TilefleetError, UsageError
 from inference import sink
 from inference.plan import Chunk, PlanFile, Terms
 from inference.readers import Tile, Tiles, read_chunk
@@ -24,7 +24,11 @@ from inference.suspects import find_deadly
 from training.bundle import read_info
 
 if TYPE_CHECKING:
-    from inference.predictor import Predictor
+    from inference.predictor import Decode, Predictor
+    from training.bundle import BundleInfo
+
+Pool = Callable[["BundleInfo", int], tuple["Decode", int]]
+"""Starts decoders for a bundle's tiles in batches of so many; gives them and the batches to keep in flight."""
 
 SAMPLE_TILES, SAMPLE_CHUNKS = 512, 4
 """Tiles on which engines are measured and checked, and from how many chunks they are: each may be read whole."""
@@ -33,14 +37,15 @@ SAMPLE_TILES, SAMPLE_CHUNKS = 512, 4
 class ChunkClassifier:
     """Loads the bundle once, then turns chunks into part files and answers with their summaries.
 
-    A full disk is waited for, up to ``patience`` seconds.
+    A full disk is waited for, up to ``patience`` seconds. With ``pool`` other processes decode, else this one.
     """
 
-    def __init__(self, bundle: str, plan: PlanFile, patience: float) -> None:
+    def __init__(self, bundle: str, plan: PlanFile, patience: float, pool: Pool | None = None) -> None:
         self.bundle = bundle
         self.plan = plan
         self.out = plan.location.rpartition("/")[0]
         self.patience = patience
+        self.pool = pool
 
     def classify(self, number: int, careful: bool) -> Summary | TilefleetError:
         """The summary of the chunk of this number once its part is written; an error is an answer, not raised.
@@ -57,12 +62,15 @@ class ChunkClassifier:
 
     @cached_property
     def _predictor(self) -> Predictor:
-        from inference.predictor import Predictor
+        from inference.predictor import Predictor, on_gpu
         from training.process import keep_freed_memory
 
         keep_freed_memory()  # each batch takes what the one before gave back
-        terms = self.plan.terms
-        return Predictor(self.bundle, terms.engine, terms.batch_size, terms.threads, terms.device)
+        terms, info = self.plan.terms, read_info(self.bundle)
+        decode, in_flight = (on_gpu(info) if terms.decode == "gpu" else None), 1
+        if self.pool:
+            decode, in_flight = self.pool(info, terms.batch_size)
+        return Predictor(self.bundle, terms.engine, terms.batch_size, terms.threads, terms.device, decode, in_flight)
 
     def _classify(self, chunk: Chunk, careful: bool) -> Summary:
         part = sink.part_location(self.out, chunk.id)
@@ -83,12 +91,16 @@ class ChunkClassifier:
 
 
 def choose_engine(bundle: str, chunks: list[Chunk], wanted: Terms, careful: bool) -> Terms | TilefleetError:
-    """The terms ``wanted`` with the engine that suits this machine, measured on and checked with tiles of ``chunks``.
+    """The terms ``wanted`` with the engine and the decoder that suit this machine, measured on tiles of ``chunks``.
 
     Where ``careful``, tiles that end the process that decodes them are left out. An error is an answer, not raised.
     """
-    from inference.engines import choose
+    from inference.decoders import choose_decoder
+    from inference.engines import Trial, choose
+    from inference.forward import find_device
 
+    if wanted.decode == "gpu" and find_device("auto") != "cuda":
+        return UsageError("decode=gpu: the workers have no GPU; choose auto, cpu or pool")
     some = chunks[:: -(-len(chunks) // SAMPLE_CHUNKS)]
     share = -(-SAMPLE_TILES // len(some))
     try:
@@ -96,10 +108,19 @@ def choose_engine(bundle: str, chunks: list[Chunk], wanted: Terms, careful: bool
         deadly = find_deadly(sample, read_info(bundle).tile_size) if careful else {}
         encoded = [tile.data for number, tile in enumerate(sample) if tile.data and number not in deadly]
         choice = choose(bundle, encoded, threads=wanted.threads, engine=wanted.engine, batch_size=wanted.batch_size)
+        decode, ways = ("cpu" if wanted.decode == "auto" else wanted.decode), dict[str, Trial]()
+        if choice.device == "cuda" and wanted.decode in ("auto", "gpu"):
+            decode, ways = choose_decoder(bundle, encoded, choice.device, wanted.decode, wanted.batch_size)
     except TilefleetError as error:
         return type(error)(str(error))
-    trials = {name: trial.model_dump() for name, trial in choice.trials.items()}
-    return wanted.model_copy(update={"engine": choice.engine, "device": choice.device, "trials": trials})
+    found = {
+        "engine": choice.engine,
+        "device": choice.device,
+        "trials": {name: trial.model_dump() for name, trial in choice.trials.items()},
+        "decode": decode,
+        "decode_trials": {name: trial.model_dump() for name, trial in ways.items()},
+    }
+    return wanted.model_copy(update=found)
 
 
 def _encoded(tiles: Tiles, waiting: deque[Tile], deadly: dict[int, str]) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ LAYERS = ["configs", "cluster", "training", "inference", "tilefleet"]
 FROM_TRAINING = {"shards", "augment", "models", "bundle", "decode", "encoded", "process", "randomness", "tars"}
 WITH_RAY = {
     *("cluster/session.py", "cluster/jobs.py", "cluster/launch/spot.py"),
-    *("training/train.py", "inference/classify.py"),
+    *("training/train.py", "inference/classify.py", "inference/pool.py"),
 }
 SOURCES = sorted(p for layer in LAYERS for p in [*(ROOT / layer).rglob("*.py"), ROOT / f"{layer}.py"] if p.exists())
 

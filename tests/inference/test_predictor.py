@@ -6,7 +6,9 @@ import io
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,9 @@ from torchvision.io import decode_jpeg
 
 from configs.errors import UsageError
 from inference.forward import ENGINES, missing
-from inference.predictor import Predictions, Predictor, _decode_on_gpu
+from inference.predictor import Decoded, Predictions, Predictor, _decode_on_gpu, on_gpu, on_threads
 from training.augment import normalise
-from training.bundle import BundleInfo, judge_pixels, load_bundle, save_bundle, save_calibration
+from training.bundle import BundleInfo, judge_pixels, load_bundle, read_info, save_bundle, save_calibration
 from training.decode import decode_tiles
 from training.judge import fit_reference
 from training.models import build
@@ -141,7 +143,8 @@ def test_a_stream_gives_the_bits_of_one_call_with_and_without_a_thread_that_read
         assert [len(part.errors) for part in parts] == [8, 8, 6]
         assert all(part.seconds.keys() == {"read", "decode", "forward"} for part in parts)
         assert joined(parts) == whole
-    several = Predictor(bundle, engine, batch_size=8, threads=1, device="cpu", decode_threads=3)
+    threads = on_threads(predictor.info, 3)
+    several = Predictor(bundle, engine, batch_size=8, threads=1, device="cpu", decode=threads, in_flight=4)
     assert joined(several.predict_stream(tiles)) == whole
 
 
@@ -156,9 +159,9 @@ def test_a_tile_gives_the_same_bits_alone_and_in_any_batch(bundle: str, engine: 
         assert alone.probabilities.tobytes() == together.probabilities[place].tobytes()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_stream_holds_two_batches_and_raises_the_readers_error_after_what_came_before(
-    bundle: str, overlap: bool
+@pytest.mark.parametrize(("overlap", "in_flight"), [(False, 1), (True, 1), (True, 3)])
+def test_a_stream_holds_few_batches_and_raises_the_readers_error_after_what_came_before(
+    bundle: str, overlap: bool, in_flight: int
 ) -> None:
     encoded, drawn = jpegs(4), 0
 
@@ -170,12 +173,27 @@ def test_a_stream_holds_two_batches_and_raises_the_readers_error_after_what_came
             drawn += 1
             yield encoded[number % 4]
 
-    parts = Predictor(bundle, batch_size=4, device="cpu").predict_stream(source(), overlap)
+    parts = Predictor(bundle, batch_size=4, device="cpu", in_flight=in_flight).predict_stream(source(), overlap)
     for batch in range(7):
         assert len(next(parts).errors) == 4
-        assert drawn <= 4 * (batch + (2 if overlap else 1))
+        assert drawn <= 4 * (batch + 1 + (in_flight if overlap else 0))
     with pytest.raises(OSError, match="went away"):
         next(parts)
+
+
+def test_batches_are_decoded_at_once_and_come_in_their_order_whichever_is_ready_first(bundle: str) -> None:
+    tiles, together = jpegs(24), threading.Barrier(3, timeout=30)
+
+    def decode(encoded: Sequence[bytes]) -> Decoded:
+        number = tiles.index(encoded[0]) // 4
+        if number < 3:
+            together.wait()  # passes only where three batches are in flight
+            time.sleep(0.1 * (3 - number))
+        return decode_tiles(encoded, 32)
+
+    predictor = Predictor(bundle, batch_size=4, threads=1, device="cpu", decode=decode, in_flight=3)
+    alone = Predictor(bundle, batch_size=4, threads=1, device="cpu").predict(tiles)
+    assert joined(predictor.predict_stream(tiles)) == joined([alone])
 
 
 def test_a_stream_that_is_left_reads_no_further_than_the_next_batch(bundle: str) -> None:
@@ -220,7 +238,8 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, bundle: str) -> None:
 def test_a_gpu_agrees_with_the_cpu_and_repeats_its_bits(bundle: str, engine: str, gpu_decode: bool) -> None:
     tiles = jpegs(70)
     slow = Predictor(bundle, device="cpu").predict(tiles)
-    predictor = Predictor(bundle, engine, batch_size=32, device="cuda", gpu_decode=gpu_decode)
+    decode = on_gpu(read_info(bundle)) if gpu_decode else None
+    predictor = Predictor(bundle, engine, batch_size=32, device="cuda", decode=decode)
     fast = predictor.predict(tiles)
     assert np.abs(slow.probabilities - fast.probabilities).max() < (0.1 if engine != "torch" or gpu_decode else 1e-3)
     assert joined(predictor.predict_stream(tiles, overlap=True)) == joined([fast])

@@ -1,0 +1,110 @@
+"""Tiles that a pool of processes decodes are, to the bit, those that the worker decodes, whatever becomes of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import UsageError
+from inference import classify as driver
+from inference.classify import ClassifyConfig, classify
+from inference.plan import open_plan
+from inference.pool import DecoderPool, start_decoders
+from inference.predictor import Decoded
+from inference.sink import read_predictions
+from tests.archives import jpeg, parts, save_model, write_tar
+from tests.processes import descendants
+from training.bundle import BundleInfo, read_info
+from training.decode import decode_tiles
+
+INFO = BundleInfo(architecture="cnn", classes=["a", "b"], tile_size=32, mean=[0.5] * 3, std=[0.5] * 3)
+TILES = [jpeg(number) if number % 7 else b"no image" for number in range(100)]
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def decoders() -> dict[int, str]:
+    """Processes that decode for one of this test's processes."""
+    return {pid: name for pid, name in descendants(os.getpid()).items() if name.startswith("ray::Decoder")}
+
+
+def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def all_up(pool: DecoderPool) -> bool:
+    pool._look()
+    return not pool._starting
+
+
+def assert_decoded(found: Decoded) -> None:
+    pixels, errors = decode_tiles(TILES, 32)
+    assert torch.equal(found[0], pixels)
+    assert found[1] == errors
+
+
+def test_decoders_give_the_bits_of_one_thread_and_are_replaced_when_they_die(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = decoders().keys()
+    pool = DecoderPool(INFO, 2)
+    here = pool._here
+    by_itself: list[int] = []
+
+    def counted(encoded: list[bytes]) -> Decoded:
+        by_itself.append(len(encoded))
+        return here(encoded)
+
+    monkeypatch.setattr(pool, "_here", counted)
+    assert_decoded(pool(TILES))  # none is up yet
+    assert sum(by_itself) == len(TILES)
+    wait_for(lambda: all_up(pool))
+    by_itself.clear()
+    assert_decoded(pool(TILES))
+    assert not by_itself
+    first = decoders().keys() - before
+    assert len(first) == 2
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    assert_decoded(pool(TILES))
+    assert by_itself
+    wait_for(lambda: (pool(TILES), all_up(pool) and len(pool._at_work) == 2)[1])
+    by_itself.clear()
+    assert_decoded(pool(TILES))
+    assert not by_itself
+    second = decoders().keys() - before
+    assert len(second) == 2
+    assert not first & second
+
+
+def test_a_run_decoded_by_a_pool_gives_the_rows_of_one_that_is_not(ray_session: None, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "bundle")
+    files = [(f"t/{n}.jpg", jpeg(n % 100) if n % 97 else b"no image") for n in range(6000)]
+    archive = write_tar(tmp_path / "a.tar", files)
+    config = ClassifyConfig(tiles_per_chunk=50, batch_size=4, engine="torch", workers=1)
+    classify(model, [str(archive)], str(tmp_path / "cpu"), config)
+    out, seen = tmp_path / "pool", dict[int, int]()
+    before = decoders().keys()
+
+    def watch() -> None:
+        while not seen or (out / "status.json").exists():
+            up = [name for pid, name in decoders().items() if pid not in before and name == "ray::Decoder.decode"]
+            seen[len(parts(out))] = len(up)
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    pooled = config.model_copy(update={"decode": "pool"})
+    classify(model, [str(archive)], str(out), pooled)
+    assert read_predictions(str(out)).equals(read_predictions(str(tmp_path / "cpu")))
+    print(seen)
