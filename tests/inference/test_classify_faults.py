@@ -239,6 +239,30 @@ def test_a_link_that_is_cut_for_a_while_costs_time_and_nothing_else(
 
 
 @pytest.mark.process
+def test_a_host_that_joins_takes_a_share_of_the_work(job: Job, hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    head, other = hosts
+    other.lose()
+    with command(job.model, job.archives, out, host=head) as process:
+        wait_for_parts(out, CHUNKS // 6, process)
+        first = workers_on(head)
+        for pid in first:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            assert workers(out) == 1
+            written = len(settled(out))
+            other.boot()
+            wait_for_parts(out, written + CHUNKS // 6, process)  # so by whom the new host started
+            wait_for(lambda: workers(out) == 2, 30, process)
+            assert workers_on(other)
+        finally:
+            for pid in first:
+                os.kill(pid, signal.SIGCONT)
+        assert process.wait(300) == 0, log_of(out)
+    assert_same(job, out)
+
+
+@pytest.mark.process
 def test_random_kills_cost_no_tile_and_no_bit(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     hosts[1].lose()
     hosts[1].boot()  # a host that could not be reached for long ends its Ray
@@ -288,6 +312,18 @@ def state(out: Path) -> str:
     status = read_status(out)
     assert status is not None
     return status.state
+
+
+def workers(out: Path) -> int | None:
+    status = read_status(out)
+    assert status is not None
+    return status.workers
+
+
+def workers_on(host: Host) -> list[int]:
+    """Processes of the workers that are up on ``host``."""
+    found = descendants(host.machine.pid) if host.machine else {}
+    return [pid for pid, name in found.items() if "ChunkClassifier" in name]
 
 
 @contextmanager

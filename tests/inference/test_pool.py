@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.records import read_status
 from configs.errors import UsageError
 from inference import classify as driver
 from inference.classify import ClassifyConfig, classify
 from inference.plan import open_plan
-from inference.pool import DecoderPool, start_decoders
+from inference.pool import DecoderPool
 from inference.predictor import Decoded
 from inference.sink import read_predictions
-from tests.archives import jpeg, parts, save_model, write_tar
+from tests.archives import jpeg, save_model, tile_files, write_tar
 from tests.processes import descendants
-from training.bundle import BundleInfo, read_info
+from training.bundle import BundleInfo
 from training.decode import decode_tiles
 
 INFO = BundleInfo(architecture="cnn", classes=["a", "b"], tile_size=32, mean=[0.5] * 3, std=[0.5] * 3)
@@ -93,18 +94,55 @@ def test_a_run_decoded_by_a_pool_gives_the_rows_of_one_that_is_not(ray_session: 
     archive = write_tar(tmp_path / "a.tar", files)
     config = ClassifyConfig(tiles_per_chunk=50, batch_size=4, engine="torch", workers=1)
     classify(model, [str(archive)], str(tmp_path / "cpu"), config)
-    out, seen = tmp_path / "pool", dict[int, int]()
-    before = decoders().keys()
+    out, at_work, before = tmp_path / "pool", set[int](), decoders().keys()
+    done = threading.Event()
 
     def watch() -> None:
-        while not seen or (out / "status.json").exists():
-            up = [name for pid, name in decoders().items() if pid not in before and name == "ray::Decoder.decode"]
-            seen[len(parts(out))] = len(up)
-            time.sleep(0.05)
+        while not done.wait(0.02):
+            found = decoders().items()
+            at_work.update(pid for pid, name in found if name == "ray::Decoder.decode" and pid not in before)
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=watch)
     watcher.start()
-    pooled = config.model_copy(update={"decode": "pool"})
-    classify(model, [str(archive)], str(out), pooled)
+    try:
+        classify(model, [str(archive)], str(out), config.model_copy(update={"decode": "pool"}))
+    finally:
+        done.set()
+        watcher.join()
+    assert len(at_work) == 3  # the CPUs that its one worker leaves
+    wait_for(lambda: not decoders().keys() & at_work)
+    saved = open_plan(str(out))
+    assert saved
+    assert saved.terms.decode == "pool"
     assert read_predictions(str(out)).equals(read_predictions(str(tmp_path / "cpu")))
-    print(seen)
+
+
+def test_a_pool_without_a_cpu_for_its_decoders_is_refused_before_there_is_a_plan(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, archive = save_model(tmp_path / "bundle"), write_tar(tmp_path / "a.tar", tile_files(60))
+    out = str(tmp_path / "out")
+    config = ClassifyConfig(tiles_per_chunk=10, engine="torch", decode="pool")
+    with monkeypatch.context() as small:
+        small.setattr(driver, "available_cpus", lambda: 1)
+        with pytest.raises(UsageError, match=r"decode=pool: 2 CPUs are needed.*has 1; choose decode=cpu"):
+            classify(model, [str(archive)], out, config)
+    assert open_plan(out) is None
+    with pytest.raises(UsageError, match=r"decode=pool: 6 CPUs are needed.*has 4; ask for workers=2"):
+        classify(model, [str(archive)], out, config.model_copy(update={"workers": 3}))
+    classify(model, [str(archive)], out, config)
+    status = read_status(out)
+    assert status
+    assert status.workers == 2
+    with pytest.raises(UsageError, match=r"another run \(other decode\)"):
+        classify(model, [str(archive)], out, config.model_copy(update={"decode": "cpu"}))
+    classify(model, [str(archive)], out, config.model_copy(update={"decode": "auto"}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_gpu_cannot_decode_where_workers_have_none(ray_session: None, tmp_path: Path) -> None:
+    model, archive = save_model(tmp_path / "bundle"), write_tar(tmp_path / "a.tar", tile_files(10))
+    config = ClassifyConfig(engine="torch", decode="gpu")
+    with pytest.raises(UsageError, match=r"decode=gpu: the workers have no GPU; choose auto, cpu or pool"):
+        classify(model, [str(archive)], str(tmp_path / "out"), config)
+    assert open_plan(str(tmp_path / "out")) is None
