@@ -6,6 +6,7 @@ these. Equal chunks give equal rows, whoever classifies them and however often.
 
 from __future__ import annotations
 
+import socket
 import time
 import traceback
 from collections import deque
@@ -54,6 +55,7 @@ class ChunkClassifier:
         and those that end theirs again become rows with an error.
         """
         try:
+            _require_seen(self.bundle, self.plan.location)
             return self._classify(self.plan.read(number, number + 1)[0], careful)
         except TilefleetError as known:
             return type(known)(str(known))  # without its cause, which may not be fit to be sent
@@ -76,6 +78,7 @@ class ChunkClassifier:
         part = sink.part_location(self.out, chunk.id)
         if storage.exists(part):  # an earlier try wrote it and died before it could answer
             return sink.read_summary(part)
+        _require_seen(chunk.archive)
         info = self._predictor.info
         deadly = find_deadly(read_chunk(chunk), info.tile_size) if careful else {}
         tiles, waiting = read_chunk(chunk), deque[Tile]()
@@ -88,6 +91,16 @@ class ChunkClassifier:
         began = time.perf_counter()
         summary = rows.write(part, tiles.damage, self.patience)
         return summary.model_copy(update={"seconds": summary.seconds | {"write": time.perf_counter() - began}})
+
+
+def _require_seen(*locations: str) -> None:
+    """Raise where this host, which may have joined after the run began, does not see what all hosts have to."""
+    for location in locations:
+        if not storage.is_uri(location) and not storage.exists(location):
+            raise TilefleetError(
+                f"{location}: the host {socket.gethostname()} does not see it; on a cluster of several nodes a path "
+                "must be object storage or on a disk that all of them share"
+            )
 
 
 def choose_engine(bundle: str, chunks: list[Chunk], wanted: Terms, careful: bool) -> Terms | TilefleetError:

@@ -86,10 +86,10 @@ def parts(out: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
 
 
-def planned(archives: Sequence[object], out: Path, tiles_per_chunk: int = 1000) -> Planned:
+def planned(archives: Sequence[object], out: Path, tiles_per_chunk: int = 1000, terms: Terms = TERMS) -> Planned:
     """The plan of ``archives``, kept in ``out``; an empty one where there is nothing to classify."""
     try:
-        write_plan(str(out), [str(archive) for archive in archives], lambda sample: TERMS, tiles_per_chunk)
+        write_plan(str(out), [str(archive) for archive in archives], lambda sample: terms, tiles_per_chunk)
     except TilefleetError as error:
         if "nothing to classify" not in str(error):
             raise

@@ -89,6 +89,23 @@ def test_a_status_that_is_broken_or_of_other_work_is_not_in_the_way(tmp_path: Pa
     assert (status.kind, status.state) == ("train", "running")
 
 
+def test_an_update_is_written_once_it_is_due(tmp_path: Path) -> None:
+    writer = StatusWriter(tmp_path, "train")
+    assert not writer.is_due
+    writer.update(step=1)
+    assert (written(tmp_path), writer.status.step) == (None, 1)
+    writer.interval = 0.0
+    assert writer.is_due
+    writer.update(step=2)
+    assert written(tmp_path) == 2
+
+
+def written(run: Path) -> int | None:
+    status = read_status(run)
+    assert status
+    return status.step
+
+
 def test_progress_is_more_tiles_or_more_steps_and_a_start(tmp_path: Path) -> None:
     writer = StatusWriter(tmp_path, "train", done_tiles=5)
     moments = [writer.status.progressed]

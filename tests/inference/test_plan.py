@@ -154,6 +154,9 @@ def test_terms_differ_only_in_what_was_asked_for() -> None:
     assert TERMS.differences(saved) == ["engine"]
     wanted = TERMS.model_copy(update={"engine": "auto"})
     assert wanted.differences(saved) == []
+    pooled = saved.model_copy(update={"decode": "pool", "decode_trials": {"cpu": {}}})
+    assert wanted.differences(pooled) == ["decode"]
+    assert wanted.model_copy(update={"decode": "auto"}).differences(pooled) == []
     assert wanted.differences(saved.model_copy(update={"batch_size": 9, "archives": ()})) == ["archives", "batch_size"]
 
 

@@ -17,10 +17,10 @@ from configs.errors import UsageError
 from inference import classify as driver
 from inference.classify import ClassifyConfig, classify
 from inference.plan import open_plan
-from inference.pool import DecoderPool
+from inference.pool import DecoderPool, Size
 from inference.predictor import Decoded
 from inference.sink import read_predictions
-from tests.archives import jpeg, save_model, tile_files, write_tar
+from tests.archives import TERMS, jpeg, save_model, tile_files, write_tar
 from tests.processes import descendants
 from training.bundle import BundleInfo
 from training.decode import decode_tiles
@@ -28,7 +28,7 @@ from training.decode import decode_tiles
 INFO = BundleInfo(architecture="cnn", classes=["a", "b"], tile_size=32, mean=[0.5] * 3, std=[0.5] * 3)
 TILES = [jpeg(number) if number % 7 else b"no image" for number in range(100)]
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def decoders() -> dict[int, str]:
@@ -54,6 +54,7 @@ def assert_decoded(found: Decoded) -> None:
     assert found[1] == errors
 
 
+@pytest.mark.ray
 def test_decoders_give_the_bits_of_one_thread_and_are_replaced_when_they_die(
     ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_decoders_give_the_bits_of_one_thread_and_are_replaced_when_they_die(
     assert not first & second
 
 
+@pytest.mark.ray
 def test_a_run_decoded_by_a_pool_gives_the_rows_of_one_that_is_not(ray_session: None, tmp_path: Path) -> None:
     model = save_model(tmp_path / "bundle")
     files = [(f"t/{n}.jpg", jpeg(n % 100) if n % 97 else b"no image") for n in range(6000)]
@@ -117,6 +119,7 @@ def test_a_run_decoded_by_a_pool_gives_the_rows_of_one_that_is_not(ray_session: 
     assert read_predictions(str(out)).equals(read_predictions(str(tmp_path / "cpu")))
 
 
+@pytest.mark.ray
 def test_a_pool_without_a_cpu_for_its_decoders_is_refused_before_there_is_a_plan(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +142,30 @@ def test_a_pool_without_a_cpu_for_its_decoders_is_refused_before_there_is_a_plan
     classify(model, [str(archive)], out, config.model_copy(update={"decode": "auto"}))
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "decode", "workers", "chunks", "size"),
+    [
+        (4, 0, "cpu", None, 100, Size(4, 100)),
+        (4, 0, "cpu", 2, 100, Size(2, 2)),
+        (4, 0, "cpu", None, 3, Size(3, 3)),
+        (16, 2, "gpu", None, 100, Size(2, 100)),
+        (4, 0, "pool", None, 100, Size(2, 2, 1)),
+        (4, 0, "pool", 1, 100, Size(1, 1, 3)),
+        (16, 2, "pool", None, 100, Size(2, 100, 7)),
+        (6, 8, "pool", None, 100, Size(3, 100, 1)),
+        (16, 2, "pool", 1, 100, Size(1, 1, 15)),
+    ],
+)
+def test_the_pool_is_as_large_as_the_cluster_and_grows_up_to_what_is_asked_for(
+    cpus: int, gpus: int, decode: str, workers: int | None, chunks: int, size: Size, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "available_cpus", lambda: cpus)
+    monkeypatch.setattr(driver, "available_gpus", lambda: gpus)
+    terms = TERMS.model_copy(update={"decode": decode, "device": "cuda" if gpus else "cpu"})
+    assert driver._size(terms, workers, chunks) == size
+
+
+@pytest.mark.ray
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_gpu_cannot_decode_where_workers_have_none(ray_session: None, tmp_path: Path) -> None:
     model, archive = save_model(tmp_path / "bundle"), write_tar(tmp_path / "a.tar", tile_files(10))
