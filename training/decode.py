@@ -1,23 +1,40 @@
 """Encoded images become pixels: one way for packing, training and inference, with limits before anything is decoded.
 
-Plain JPEG goes to torchvision's decoder in batches; everything else goes to Pillow. An image that cannot be used raises
-or returns a reason of the form ``cause`` or ``cause: detail``, so that reports can count by cause.
+Plain JPEG goes to torchvision's decoder in batches, TIFFs of chosen bands to GDAL (:mod:`training.rasters`), everything
+else to Pillow. An image that cannot be used raises or returns a reason of the form ``cause`` or ``cause: detail``, so
+that reports can count by cause.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as vision
 
-from training.encoded import MAX_ENCODED_BYTES, MAX_PIXELS, TileError, jpeg_shape
+from training.encoded import (
+    DAMAGED,
+    MAX_BANDS,
+    MAX_ENCODED_BYTES,
+    MAX_PIXELS,
+    Bands,
+    NotColourError,
+    TileError,
+    channels,
+    is_tiff,
+    jpeg_shape,
+    tiff_bands,
+)
+from training.rasters import decode_raster, require_bands, to_pixels
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000")
 _FORMAT_EXTENSION = {
@@ -31,16 +48,23 @@ _FORMAT_EXTENSION = {
     "JPEG2000": "jp2",
 }
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is an error instead
+# What Pillow says of a bad image stands in the error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-def decode_image(data: bytes) -> Tensor:
-    """One encoded image to RGB pixels, uint8 ``[3, height, width]``.
+def decode_image(data: bytes, bands: Bands | None = None) -> Tensor:
+    """One encoded image to pixels, uint8 ``[channels, height, width]``: its ``bands``, or red, green and blue.
 
-    Grey is repeated to three channels, alpha is dropped, CMYK and palettes are converted, 16-bit samples keep their
-    high byte. Raises :class:`TileError` for anything that is not one whole image within the limits.
+    In RGB grey is repeated to three channels, alpha is dropped, CMYK and palettes are converted, 16-bit samples keep
+    their high byte. ``bands`` are those that the file holds, but for palettes, which are looked up, and for the 16-bit
+    colours of a PNG, of which Pillow gives the high byte. Raises :class:`TileError` for anything that is not one whole
+    image within the limits.
     """
     _check_encoded(data)
+    if bands is not None:
+        array = decode_raster(data, bands) if is_tiff(data) else _decode_bands(data, bands)
+        return torch.from_numpy(array)
     shape = jpeg_shape(data)
     if shape is not None and shape[2] in (1, 3):
         _check_pixels(shape[0], shape[1])
@@ -48,19 +72,30 @@ def decode_image(data: bytes) -> Tensor:
             pixels: Tensor = decode_jpeg(_buffer(data), ImageReadMode.RGB)
             return pixels
         except RuntimeError as error:
-            raise TileError("image is cut short or damaged") from error
+            raise TileError(DAMAGED) from error
     return _decode_with_pillow(data)
 
 
-def decode_tiles(encoded: Sequence[bytes], size: int) -> tuple[Tensor, list[str | None]]:
+def check_image(data: bytes) -> None:
+    """Raise :class:`TileError` for what cannot be decoded, whichever of its bands count."""
+    try:
+        decode_image(data)
+    except NotColourError:
+        count = min(tiff_bands(data) or 1, MAX_BANDS)
+        decode_image(data, Bands(numbers=tuple(range(1, count + 1)), highest=1))
+
+
+def decode_tiles(encoded: Sequence[bytes], size: int, bands: Bands | None = None) -> tuple[Tensor, list[str | None]]:
     """A batch of encoded images to one tensor.
 
-    Returns uint8 ``[len(encoded), 3, size, size]`` and, for each tile, None or why it could not be decoded (its pixels
-    are then zero). Tiles of another size are resized (bilinear, antialiased), one at a time so that memory is bounded.
+    Returns uint8 ``[len(encoded), channels, size, size]`` and, for each tile, None or why it could not be decoded (its
+    pixels are then zero). Tiles of another size are resized (bilinear, antialiased), one at a time so that memory is
+    bounded.
     """
-    pixels = torch.zeros(len(encoded), 3, size, size, dtype=torch.uint8)
+    pixels = torch.zeros(len(encoded), channels(bands), size, size, dtype=torch.uint8)
     errors: list[str | None] = [None] * len(encoded)
-    fits = [i for i, data in enumerate(encoded) if jpeg_shape(data) in ((size, size, 3), (size, size, 1))]
+    plain = enumerate(encoded if bands is None else ())
+    fits = [i for i, data in plain if jpeg_shape(data) in ((size, size, 3), (size, size, 1))]
     if fits:
         try:
             images = decode_jpeg([_buffer(encoded[i]) for i in fits], ImageReadMode.RGB)
@@ -72,14 +107,14 @@ def decode_tiles(encoded: Sequence[bytes], size: int) -> tuple[Tensor, list[str 
         if i in done:
             continue
         try:
-            pixels[i] = resize(decode_image(data), size)
+            pixels[i] = resize(decode_image(data, bands), size)
         except TileError as error:
             errors[i] = str(error)
     return pixels, errors
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """uint8 ``[3, height, width]`` to ``[3, size, size]``; the same tensor where it already fits."""
+    """uint8 ``[channels, height, width]`` to ``[channels, size, size]``; the same tensor where it already fits."""
     if image.shape[-2:] == (size, size):
         return image
     resized: Tensor = vision.resize(image, [size, size], antialias=True)
@@ -90,8 +125,18 @@ def image_extension(data: bytes) -> str:
     """The usual file ending of an image by its content, without the dot; :class:`TileError` for anything else."""
     if jpeg_shape(data) is not None:
         return "jpg"
+    if is_tiff(data):
+        return "tif"
     with _open(data) as image:
         return _FORMAT_EXTENSION[str(image.format)]
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """A tile of uint8 ``[channels, height, width]`` for people: its first three channels as red, green and blue, or in
+    grey where it has fewer.
+    """
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    return Image.fromarray(shown.permute(1, 2, 0).numpy())
 
 
 def _check_encoded(data: bytes) -> None:
@@ -121,11 +166,15 @@ def _open(data: bytes) -> Image.Image:
     except TileError:
         raise
     except UnidentifiedImageError as error:
+        if count := tiff_bands(data):
+            raise NotColourError(
+                f"not an RGB image: {count} bands; choose some with `tilefleet pack --bands`"
+            ) from error
         raise TileError("not an image") from error
     except Image.DecompressionBombError as error:
         raise TileError("image over the pixel limit") from error
     except Exception as error:  # Pillow's parsers raise many types on damaged headers
-        raise TileError("image is cut short or damaged") from error
+        raise TileError(DAMAGED) from error
     if frames != 1 and image.format != "MPO":
         raise TileError(f"animated or multi-page image: {frames} frames")
     return image
@@ -144,22 +193,40 @@ def _jpeg2000_is_whole(data: bytes) -> bool:
     return at == len(data) or (at < len(data) and data.endswith(b"\xff\xd9"))
 
 
-def _decode_with_pillow(data: bytes) -> Tensor:
+@contextmanager
+def _decoding(data: bytes) -> Iterator[Image.Image]:
+    """An image for Pillow to decode in the block; what it raises on damaged data becomes a :class:`TileError`."""
     with _open(data) as image:
         if image.format == "JPEG2000" and not _jpeg2000_is_whole(data):  # its decoder fills in what is missing
-            raise TileError("image is cut short or damaged")
+            raise TileError(DAMAGED)
         try:
-            if image.mode.startswith("I"):
-                samples = np.asarray(image).astype(np.int64)
-                if samples.min() < 0 or samples.max() > 0xFFFF:
-                    raise TileError(f"pixel format not supported: {image.mode} beyond 16 bit")
-                array = np.repeat((samples >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-            elif image.mode == "F":
-                raise TileError("pixel format not supported: floating point")
-            else:
-                array = np.array(image.convert("RGB"))
+            yield image
         except TileError:
             raise
         except Exception as error:  # Pillow's decoders raise many types on damaged data
-            raise TileError("image is cut short or damaged") from error
+            raise TileError(DAMAGED) from error
+
+
+def _decode_bands(data: bytes, bands: Bands) -> NDArray[np.uint8]:
+    with _decoding(data) as image:
+        if image.mode in ("P", "PA"):
+            samples = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        else:
+            samples = image.convert("L") if image.mode == "1" else image
+        array = np.atleast_3d(np.asarray(samples))
+        require_bands(bands, array.shape[2])
+        return np.stack([to_pixels(array[:, :, number - 1], bands) for number in bands.numbers])
+
+
+def _decode_with_pillow(data: bytes) -> Tensor:
+    with _decoding(data) as image:
+        if image.mode.startswith("I"):
+            samples = np.asarray(image).astype(np.int64)
+            if samples.min() < 0 or samples.max() > 0xFFFF:
+                raise NotColourError(f"pixel format not supported: {image.mode} beyond 16 bit")
+            array = np.repeat((samples >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        elif image.mode == "F":
+            raise NotColourError("pixel format not supported: floating point")
+        else:
+            array = np.array(image.convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()

@@ -1,4 +1,4 @@
-"""What an encoded image is before anything decodes it: its file name, its limits, the shape that its header tells.
+"""What an encoded image is before anything decodes it: its name, limits, the shape in its header, the bands that count.
 
 Nothing here needs PyTorch, so that a plan over millions of names starts at once.
 """
@@ -6,7 +6,14 @@ Nothing here needs PyTorch, so that a plan over millions of names starts at once
 from __future__ import annotations
 
 import struct
+from math import isfinite
 from pathlib import PurePosixPath
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from configs.errors import UsageError
+from configs.schema import Config
 
 MAX_ENCODED_BYTES = 64 << 20
 """Largest image file that is read, in bytes."""
@@ -14,12 +21,75 @@ MAX_ENCODED_BYTES = 64 << 20
 MAX_PIXELS = 4096 * 4096
 """Largest image that is decoded, height x width."""
 
+MAX_BANDS = 64
+"""Most channels that a tile has."""
+
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2"})
 """File name endings, lower case, that are taken for images."""
 
 
+_TIFF = {
+    b"II*\0": ("<", 4, "I", "H", 12),
+    b"MM\0*": (">", 4, "I", "H", 12),
+    b"II+\0": ("<", 8, "Q", "Q", 20),
+    b"MM\0+": (">", 8, "Q", "Q", 20),
+}
+"""How a TIFF or BigTIFF begins -> byte order, where and what the place of its first directory is, the type of a
+directory's length, bytes of an entry."""
+
+_SAMPLES_PER_PIXEL = 277
+_MOST_ENTRIES = 0xFFFF
+
+
+DAMAGED = "image is cut short or damaged"
+"""The cause of most errors."""
+
+
 class TileError(Exception):
     """An image that cannot be used; the text is ``cause`` or ``cause: detail``."""
+
+
+class NotColourError(TileError):
+    """An image whose samples are no colours, where nothing says which of its bands count."""
+
+
+class Bands(Config):
+    """Which bands of an image are the channels of a tile, and what its samples mean; without it tiles are RGB.
+
+    ``numbers`` count from 1, in the order of the file, as GDAL does. Samples from ``lowest`` to ``highest`` become 0 to
+    255; what lies beyond them is clipped.
+    """
+
+    numbers: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, max_length=MAX_BANDS)
+    lowest: float = Field(default=0.0, allow_inf_nan=False)
+    highest: float = Field(allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _spans(self) -> Self:
+        if self.lowest >= self.highest or not isfinite(self.highest - self.lowest):
+            raise ValueError("the lowest sample must lie below the highest")
+        return self
+
+
+def channels(bands: Bands | None) -> int:
+    """Channels of the tiles that ``bands`` makes."""
+    return 3 if bands is None else len(bands.numbers)
+
+
+def parse_bands(numbers: str | None, span: str | None) -> Bands | None:
+    """``4,3,2,8`` and ``0,3000`` as :class:`Bands`, None where neither is given; raises :class:`UsageError`."""
+    if numbers is None and span is None:
+        return None
+    if numbers is None or span is None:
+        raise UsageError("--bands and --range belong together: the bands, as 4,3,2,8, and their samples, as 0,3000")
+    try:
+        lowest, highest = span.split(",")
+        return Bands.model_validate({"numbers": numbers.split(","), "lowest": lowest, "highest": highest})
+    except ValueError as error:
+        raise UsageError(
+            f"--bands {numbers} --range {span}: 1 to {MAX_BANDS} bands counted from 1 are needed, as 4,3,2,8, and the "
+            "samples that become 0 and 255, the lower one first, as 0,3000"
+        ) from error
 
 
 def is_image_name(name: str) -> bool:
@@ -44,3 +114,27 @@ def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
+
+
+def is_tiff(data: bytes) -> bool:
+    """Whether these bytes begin as a TIFF or BigTIFF does."""
+    return data[:4] in _TIFF
+
+
+def tiff_bands(data: bytes) -> int | None:
+    """Bands of a TIFF by its first directory (TIFF 6.0, section 2; BigTIFF); None for anything else."""
+    if not is_tiff(data):
+        return None
+    order, place, pointer, length, step = _TIFF[data[:4]]
+    try:
+        (at,) = struct.unpack_from(order + pointer, data, place)
+        (entries,) = struct.unpack_from(order + length, data, at)
+        first = at + struct.calcsize(order + length)
+        for entry in range(first, first + min(entries, _MOST_ENTRIES) * step, step):
+            tag, kind = struct.unpack_from(order + "HH", data, entry)
+            if tag == _SAMPLES_PER_PIXEL:
+                value = order + ("I" if kind == 4 else "H")
+                return int(struct.unpack_from(value, data, entry + 4 + struct.calcsize(pointer))[0])
+    except (struct.error, OverflowError):  # a place beyond the data, or beyond any
+        return None
+    return 1
