@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -42,6 +43,8 @@ def pack(
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another split and order.")] = 0,
     tiles_per_shard: Annotated[int, typer.Option(min=1, help="Tiles in one tar.")] = 1000,
     size: Annotated[int | None, typer.Option(min=8, help="Resize tiles to SIZE x SIZE pixels.")] = None,
+    bands: Annotated[str | None, typer.Option(help="Bands of a tile, as 4,3,2,8; RGB if not given.")] = None,
+    span: Annotated[str | None, typer.Option("--range", help="Samples that become 0 and 255, as 0,3000.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; all cores if not given.")] = None,
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave damaged images out, and list them in the index.")
@@ -51,6 +54,7 @@ def pack(
 
     Tiles with equal pixels never land in two splits.
     """
+    from training.encoded import parse_bands
     from training.pack import pack
 
     try:
@@ -65,6 +69,7 @@ def pack(
             seed=seed,
             tiles_per_shard=tiles_per_shard,
             size=size,
+            bands=parse_bands(bands, span),
             workers=workers,
             skip_damaged=skip_damaged,
             progress=show,
@@ -332,14 +337,7 @@ def _evaluate(bundle: str, shards: str, split: str, out: str | None, foreign: st
     from training.foreign import describe
 
     with progress_line() as show:
-        result = evaluate(
-            bundle,
-            shards,
-            split=split,
-            out=out,
-            foreign=foreign,
-            progress=lambda done, total: show("evaluate", done, total),
-        )
+        result = evaluate(bundle, shards, split=split, out=out, foreign=foreign, progress=partial(show, "evaluate"))
     width = max(len(name) for name in result["classes"])
     print(f"{'class':{width}}  precision  recall      f1   tiles")
     for name, row in result["per_class"].items():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from configs.errors import UsageError
 
@@ -60,6 +60,13 @@ class ModelConfig(Config):
     arguments: dict[str, float] = {}
     weights: str | None = Field(default=None, description="where training starts: torchvision's name or a file")
     freeze_epochs: int = Field(default=0, ge=0, description="epochs in which only the head learns")
+
+    @field_validator("arguments")
+    @classmethod
+    def _leave_out_what_the_shards_say(cls, arguments: dict[str, float]) -> dict[str, float]:
+        if given := arguments.keys() & {"classes", "tile_size", "channels"}:
+            raise ValueError(f"{', '.join(sorted(given))}: the shards say so; leave it out")
+        return arguments
 
 
 class AugmentConfig(Config):

@@ -33,7 +33,7 @@ from inference.repeat import Draw, draw_tiles, link_images, read_tiles, write_sh
 from inference.stages import STAGES, measure_stages
 from training import models
 from training.bundle import BundleInfo, check_bundle, save_bundle
-from training.encoded import jpeg_shape
+from training.encoded import Bands, channels, jpeg_shape
 from training.shards import load_index
 
 ROOT = Path(__file__).parent.parent
@@ -106,8 +106,11 @@ def prepare(
     if tiles < LEAST_CHUNKS * workers:
         raise UsageError(f"--tiles {tiles}: too few to measure; {workers} workers need {LEAST_CHUNKS * workers}")
     with tempfile.TemporaryDirectory(prefix="tilefleet-bench-") as name:
-        folder, size = Path(name), load_index(shards).tile_size if shards else TILE_SIZE
-        bundle, info = _bundle(model, folder / "bundle", size)
+        folder, index = Path(name), load_index(shards) if shards else None
+        size, bands = (index.tile_size, index.bands) if index else (TILE_SIZE, None)
+        bundle, info = _bundle(model, folder / "bundle", size, bands)
+        if info.bands and not shards:
+            raise UsageError(f"{model}: is for chosen bands, which synthetic tiles do not have; name SHARDS that do")
         encoded = read_tiles(shards, tiles) if shards else draw_tiles(folder / "drawn", tiles, draw)
         if peers:
             _check_peers(info, encoded)
@@ -202,20 +205,21 @@ def _ratios(one: Round, workers: int) -> dict[str, float]:
     return found
 
 
-def _bundle(model: str, folder: Path, size: int) -> tuple[str, BundleInfo]:
+def _bundle(model: str, folder: Path, size: int, bands: Bands | None) -> tuple[str, BundleInfo]:
     """``model`` where it is a bundle, else one in ``folder`` of untrained weights, which compute as others do."""
     if model not in models.BUILDERS:
         return model, check_bundle(model)
     torch.manual_seed(0)
     classes = [f"class-{number}" for number in range(CLASSES)]
-    info = BundleInfo(architecture=model, classes=classes, tile_size=size, mean=[0.5] * 3, std=[0.5] * 3)
-    return str(folder), save_bundle(folder, models.build(model, CLASSES, size), info)
+    half = [0.5] * channels(bands)
+    info = BundleInfo(architecture=model, classes=classes, tile_size=size, bands=bands, mean=half, std=half)
+    return str(folder), save_bundle(folder, models.build(model, CLASSES, size, channels=len(half)), info)
 
 
 def _check_peers(info: BundleInfo, encoded: Sequence[bytes]) -> None:
     if info.architecture not in PEER_MODELS:
         raise UsageError(f"--peers: they have {' and '.join(PEER_MODELS)}, and no {info.architecture}")
-    if {jpeg_shape(tile) for tile in encoded} != {(info.tile_size, info.tile_size, 3)}:
+    if info.bands or {jpeg_shape(tile) for tile in encoded} != {(info.tile_size, info.tile_size, 3)}:
         raise UsageError(f"--peers: they take colour JPEGs of {info.tile_size} pixels alone, which these are not")
     if not PROGRAMS.exists():
         raise TilefleetError(f"{PROGRAMS}: missing; --peers needs a checkout of the project")

@@ -87,6 +87,7 @@ def classify(
     wanted = Terms(
         bundle_digest=info.digest,
         archives=tuple(sorted(storage.absolute(location) for location in archives)),
+        bands=info.bands,
         threads=THREADS,
         **config.model_dump(exclude={"workers", "max_error_share"}),
     )

@@ -171,8 +171,9 @@ def _summary(run: Run) -> dict[str, Any]:
 
 
 def _parameters(info: BundleInfo) -> int:
+    classes, size = len(info.classes), info.tile_size
     with torch.device("meta"):  # shapes only, without memory for the weights
-        model = models.build(info.architecture, len(info.classes), info.tile_size, **info.arguments)
+        model = models.build(info.architecture, classes, size, channels=info.channels, **info.arguments)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -100,7 +100,7 @@ def choose(
         require(engine, device)
     names = ENGINES[device] if engine == "auto" else (engine,)
     judge, info = load_bundle(bundle)
-    pixels, errors = decode_tiles(sample, info.tile_size)
+    pixels, errors = decode_tiles(sample, info.tile_size, info.bands)
     pixels = pixels[torch.tensor([error is None for error in errors], dtype=torch.bool)]
     if not len(pixels):
         if engine not in ("auto", REFERENCE):
@@ -156,7 +156,7 @@ def agreement(
     decoded: list[bool] = []
     left = iter(tiles)
     while batch := list(islice(left, BATCH_SIZE)):
-        pixels, errors = decode_tiles(batch, info.tile_size)
+        pixels, errors = decode_tiles(batch, info.tile_size, info.bands)
         whole = [error is None for error in errors]
         decoded += whole
         for answer, forward in zip(answers, engines, strict=True):

@@ -65,7 +65,7 @@ class Engine:
         judge.set_submodule("body", nn.Identity())
         self._rest = judge.to(device)
         width = judge.get_parameter("head.weight").shape[1]
-        self._piece = torch.zeros(self.rows, 3, size, size, dtype=torch.uint8)
+        self._piece = torch.zeros(self.rows, info.channels, size, size, dtype=torch.uint8)
         self._features = torch.zeros(-(-batch_size // self.rows) * self.rows, width, device=device)
         if name.startswith("openvino"):
             self._forward = _openvino(body, self._piece, name.endswith("-bf16"), threads or torch.get_num_threads())
@@ -73,7 +73,7 @@ class Engine:
             self._forward = _torch(body, device, name.endswith("-bf16"), name.startswith("compiled"))
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 ``[N, 3, size, size]``, N up to ``batch_size``, to logits over the temperature, float32
+        """uint8 ``[N, channels, size, size]``, N up to ``batch_size``, to logits over the temperature, float32
         ``[N, classes]``, and distances, float32 ``[N]``, both on the CPU.
         """
         count = len(pixels)
@@ -89,7 +89,7 @@ class Engine:
 
 
 class _Body(nn.Module):
-    """uint8 ``[B, 3, size, size]`` to features ``[B, features]``."""
+    """uint8 ``[B, channels, size, size]`` to features ``[B, features]``."""
 
     def __init__(self, body: nn.Module, info: BundleInfo) -> None:
         super().__init__()

@@ -14,15 +14,13 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
-from PIL import Image
-
 from configs.errors import TilefleetError
 from inference.ahead import in_order
 from inference.plan import Chunk, PlanFile
 from inference.readers import read_chunk
 from inference.tally import Example
-from training.decode import decode_image
-from training.encoded import TileError
+from training.decode import decode_image, picture
+from training.encoded import Bands, TileError
 from training.shards import TileReader, fingerprint
 
 PICTURE_PIXELS = 128
@@ -48,10 +46,10 @@ def from_shards(tiles: Sequence[Example], evaluation: dict[str, Any] | None) -> 
             return {}, [f"{shards}: packed anew since the evaluation, so its tiles are not shown"]
         reader = TileReader(shards, evaluation["split"])
         positions = {tile_id: position for position, tile_id in enumerate(reader.tile_ids)}
-        found = {tile: _picture(reader.read([positions[tile.tile_id]])[0]) for tile in tiles}
+        found = {tile: _picture(reader.read([positions[tile.tile_id]])[0], reader.bands) for tile in tiles}
     except (OSError, TilefleetError) as error:
         return {}, [f"The tiles cannot be shown, as their shards are gone or changed ({error})"]
-    return {tile: picture for tile, picture in found.items() if picture}, []
+    return {tile: shown for tile, shown in found.items() if shown}, []
 
 
 def from_archives(rankings: Sequence[Sequence[Example]], plan: PlanFile) -> tuple[dict[Example, str], list[str]]:
@@ -71,7 +69,7 @@ def from_archives(rankings: Sequence[Sequence[Example]], plan: PlanFile) -> tupl
         if now > last:
             return {}, None
         [chunk] = plan.read(number, number + 1)
-        return _from_chunk(chunk, wanted[number], min(last, now + CHUNK_SECONDS))
+        return _from_chunk(chunk, wanted[number], plan.terms.bands, min(last, now + CHUNK_SECONDS))
 
     for tiles, (found, reason) in zip(wanted.values(), in_order(read, wanted, READERS), strict=True):
         pictures |= found
@@ -86,7 +84,9 @@ def from_archives(rankings: Sequence[Sequence[Example]], plan: PlanFile) -> tupl
     return pictures, notes
 
 
-def _from_chunk(chunk: Chunk, tiles: dict[int, Example], last: float) -> tuple[dict[Example, str], str | None]:
+def _from_chunk(
+    chunk: Chunk, tiles: dict[int, Example], bands: Bands | None, last: float
+) -> tuple[dict[Example, str], str | None]:
     """Pictures of ``tiles``, given by row, until the monotonic time ``last``; and why one cannot be had."""
     if chunk.kind == "stream" and chunk.archive_bytes > STREAM_BYTES:
         return {}, f"{chunk.archive}: too large a compressed tar to be read again for pictures of its tiles"
@@ -99,9 +99,9 @@ def _from_chunk(chunk: Chunk, tiles: dict[int, Example], last: float) -> tuple[d
     try:
         for found, row in zip(read_chunk(chunk), rows, strict=False):
             if tile := tiles.get(row):
-                picture = _picture(found.data or b"") if found.tile_id == tile.tile_id else None
-                if picture:
-                    pictures[tile] = picture
+                shown = _picture(found.data or b"", bands) if found.tile_id == tile.tile_id else None
+                if shown:
+                    pictures[tile] = shown
                 else:
                     reason = f"{chunk.archive}: {tile.tile_id} is gone or changed since it was classified"
             if time.monotonic() > last:
@@ -111,10 +111,10 @@ def _from_chunk(chunk: Chunk, tiles: dict[int, Example], last: float) -> tuple[d
     return pictures, reason
 
 
-def _picture(data: bytes) -> str | None:
+def _picture(data: bytes, bands: Bands | None) -> str | None:
     """An encoded tile as a small JPEG in a data URI: decoded first, so that nothing but pixels gets to the page."""
     try:
-        image = Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())
+        image = picture(decode_image(data, bands))
     except TileError:
         return None
     image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))

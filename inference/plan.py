@@ -22,6 +22,7 @@ from inference.ahead import in_order
 from inference.scan import Kind, Scan, Source, scan, sources
 from inference.streams import opened
 from inference.zips import Damaged
+from training.encoded import Bands
 
 PLAN = "plan.parquet"
 SCANNERS = 8
@@ -87,6 +88,7 @@ class Terms(BaseModel):
     tiles_per_chunk: int
     batch_size: int
     probabilities: bool
+    bands: Bands | None = None
     engine: str
     device: str = "cpu"
     threads: int

@@ -51,7 +51,7 @@ class Predictions:
 class Batch(NamedTuple):
     """Decoded tiles on their way to the model."""
 
-    pixels: Tensor  # uint8 [N, 3, size, size]
+    pixels: Tensor  # uint8 [N, channels, size, size]
     errors: list[str | None]
     read: float  # seconds
     decode: float
@@ -162,7 +162,7 @@ def on_threads(info: BundleInfo, threads: int) -> Decode:
     """Decodes on the CPU, to tiles as the bundle of ``info`` takes them: each of ``threads`` a part of the batch."""
 
     def single(encoded: Sequence[bytes]) -> Decoded:
-        return decode_tiles(encoded, info.tile_size)
+        return decode_tiles(encoded, info.tile_size, info.bands)
 
     if threads == 1:
         return single
@@ -176,6 +176,8 @@ def on_gpu(info: BundleInfo, device: str = "cuda") -> Decode:
     Everything else is left to threads.
     """
     on_cpu = on_threads(info, decode_threads(device))
+    if info.bands is not None:
+        return on_cpu
     return lambda encoded: _decode_on_gpu(encoded, info.tile_size, device, on_cpu)
 
 

@@ -53,7 +53,8 @@ def _measure(bundle: str, out: str, workers: int, together: Callable[[], object]
         torch.cuda.set_device(rank)
     judge, info = load_bundle(bundle)
     engine = Engine(terms.engine, judge, info, terms.device, terms.batch_size, terms.threads)
-    engine(torch.zeros(terms.batch_size, 3, info.tile_size, info.tile_size, dtype=torch.uint8))  # compiles, allocates
+    shape = (terms.batch_size, info.channels, info.tile_size, info.tile_size)
+    engine(torch.zeros(shape, dtype=torch.uint8))  # compiles, allocates
     done = dict.fromkeys(("tiles", *STAGES), 0.0)
 
     def timed(stage: str, work: Callable[[Given], Made], given: Given) -> Made:
@@ -68,7 +69,8 @@ def _measure(bundle: str, out: str, workers: int, together: Callable[[], object]
 
     def decode(tiles: list[bytes]) -> list[Tensor]:
         starts = range(0, len(tiles), terms.batch_size)
-        return [decode_tiles(tiles[start : start + terms.batch_size], info.tile_size)[0] for start in starts]
+        batches = (tiles[start : start + terms.batch_size] for start in starts)
+        return [decode_tiles(batch, info.tile_size, info.bands)[0] for batch in batches]
 
     for first in range(0, plan.chunks, workers):
         mine = plan.read(first + rank, first + rank + 1)  # none at the end, where others have the last ones

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from inference.readers import Tile
+from training.encoded import Bands
 
 TRIES = 2
 """How often a tile may end a process before it is given up."""
@@ -23,13 +24,13 @@ TRIES = 2
 _LENGTH_BYTES = 8
 
 
-def find_deadly(tiles: Iterable[Tile], size: int) -> dict[int, str]:
+def find_deadly(tiles: Iterable[Tile], size: int, bands: Bands | None = None) -> dict[int, str]:
     """The places of ``tiles`` that end a process whenever they are decoded to ``size`` pixels, with the error of each.
 
     Each is tried :data:`TRIES` times. Raises :class:`RuntimeError` where no process can be started.
     """
     deadly: dict[int, str] = {}
-    decoder = _Decoder(size)
+    decoder = _Decoder(size, bands)
     try:
         for number, tile in enumerate(tiles):
             if tile.data is None:
@@ -38,7 +39,7 @@ def find_deadly(tiles: Iterable[Tile], size: int) -> dict[int, str]:
                 if decoder.survives(tile.data):
                     break
                 end = decoder.end()
-                decoder = _Decoder(size)
+                decoder = _Decoder(size, bands)
             else:
                 deadly[number] = f"ends the process that decodes it: {end}, tried {TRIES} times"
     finally:
@@ -49,9 +50,10 @@ def find_deadly(tiles: Iterable[Tile], size: int) -> dict[int, str]:
 class _Decoder:
     """A process that decodes one tile after the other and says so after each."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, bands: Bands | None) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "inference.suspects", str(size)]
+        chosen = [] if bands is None else [bands.model_dump_json()]
+        command = [sys.executable, "-m", "inference.suspects", str(size), *chosen]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         if self._answer() != b"+":
             raise RuntimeError(f"a process to decode tiles in could not be started ({self.end()})")
@@ -76,7 +78,7 @@ class _Decoder:
         return self._process.stdout.read(1)
 
 
-def main(size: int, tiles: IO[bytes], answers: IO[bytes]) -> None:
+def main(size: int, bands: Bands | None, tiles: IO[bytes], answers: IO[bytes]) -> None:
     """Decode what comes from ``tiles``, each after its length, and answer each with a byte."""
     from training.decode import decode_tiles
 
@@ -85,10 +87,11 @@ def main(size: int, tiles: IO[bytes], answers: IO[bytes]) -> None:
     answers.write(b"+")
     answers.flush()
     while head := tiles.read(_LENGTH_BYTES):
-        decode_tiles([tiles.read(int.from_bytes(head))], size)
+        decode_tiles([tiles.read(int.from_bytes(head))], size, bands)
         answers.write(b"+")
         answers.flush()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)
+    chosen = Bands.model_validate_json(sys.argv[2]) if len(sys.argv) > 2 else None
+    main(int(sys.argv[1]), chosen, sys.stdin.buffer, sys.stdout.buffer)

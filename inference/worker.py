@@ -80,7 +80,7 @@ class ChunkClassifier:
             return sink.read_summary(part)
         _require_seen(chunk.archive)
         info = self._predictor.info
-        deadly = find_deadly(read_chunk(chunk), info.tile_size) if careful else {}
+        deadly = find_deadly(read_chunk(chunk), info.tile_size, info.bands) if careful else {}
         tiles, waiting = read_chunk(chunk), deque[Tile]()
         rows = sink.Part(chunk.archive, info.classes, probabilities=self.plan.terms.probabilities)
         for predictions in self._predictor.predict_stream(_encoded(tiles, waiting, deadly)):
@@ -118,7 +118,8 @@ def choose_engine(bundle: str, chunks: list[Chunk], wanted: Terms, careful: bool
     share = -(-SAMPLE_TILES // len(some))
     try:
         sample = [tile for chunk in some for tile in islice(read_chunk(chunk), share) if tile.data]
-        deadly = find_deadly(sample, read_info(bundle).tile_size) if careful else {}
+        info = read_info(bundle)
+        deadly = find_deadly(sample, info.tile_size, info.bands) if careful else {}
         encoded = [tile.data for number, tile in enumerate(sample) if tile.data and number not in deadly]
         choice = choose(bundle, encoded, threads=wanted.threads, engine=wanted.engine, batch_size=wanted.batch_size)
         decode, ways = ("cpu" if wanted.decode == "auto" else wanted.decode), dict[str, Trial]()

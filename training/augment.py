@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from configs.errors import UsageError
 from configs.schema import AugmentConfig
 from training.randomness import uniform
 
@@ -29,14 +30,23 @@ _GREY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, with torchvision's digit
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 ``[B, 3, H, W]`` to float32 in channels_last layout: scaled to 0..1, less ``mean``, over ``std``."""
+    """uint8 ``[B, C, H, W]`` to float32 in channels_last layout: scaled to 0..1, less ``mean``, over ``std``."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=pixels.device).view(1, -1, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=pixels.device).view(1, -1, 1, 1)
     return torch.addcmul(shift, pixels.to(torch.float32), scale).contiguous(memory_format=torch.channels_last)
 
 
+def require_colours(config: AugmentConfig, channels: int) -> None:
+    """Raise :class:`UsageError` where ``config`` asks for colours that tiles of so many channels do not have."""
+    for name in ("hue", "saturation"):
+        if getattr(config, name) and channels != 3:
+            raise UsageError(
+                f"augment.{name}: needs red, green and blue, and tiles have {channels} channels; leave it out"
+            )
+
+
 def augment(pixels: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
-    """Training tiles as ``config`` wants them: uint8 ``[B, 3, H, W]`` with H = W, to the same type and shape.
+    """Training tiles as ``config`` wants them: uint8 ``[B, C, H, W]`` with H = W, to the same type and shape.
 
     ``keys`` is int64 ``[B]``, one for each tile. First come moves of whole pixels (symmetries, or flips, which they
     contain), then rotation and perspective in one resampling, then brightness, contrast, saturation and hue in this
@@ -61,7 +71,7 @@ def augment(pixels: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
 
 
 def blend(pixels: Tensor, partners: Tensor, share: Tensor) -> Tensor:
-    """Mixup's tiles, uint8 ``[B, 3, H, W]`` as both that they are made of; ``share`` float32 ``[B]`` is that of
+    """Mixup's tiles, uint8 ``[B, C, H, W]`` as both that they are made of; ``share`` float32 ``[B]`` is that of
     ``pixels``.
 
     Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018.
@@ -157,7 +167,7 @@ def _sampling_grid(source: Tensor, size: int) -> Tensor:
 def _colour(values: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
     """Brightness, contrast, saturation and hue with the meaning they have in torchvision's ``ColorJitter``.
 
-    ``values`` is float32 ``[B, 3, H, W]`` in 0..255.
+    ``values`` is float32 ``[B, C, H, W]`` in 0..255.
     """
 
     def factor(name: str, spread: float) -> Tensor:
@@ -177,7 +187,9 @@ def _colour(values: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
 
 
 def _grey(values: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` to ``[B, 1, H, W]``."""
+    """``[B, C, H, W]`` to ``[B, 1, H, W]``: the luma of RGB, the mean of other channels."""
+    if values.shape[1] != 3:
+        return values.mean(1, keepdim=True)
     red, green, blue = (weight * channel for weight, channel in zip(_GREY, values.unbind(1), strict=True))
     return (red + green + blue)[:, None]
 

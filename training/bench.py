@@ -98,7 +98,8 @@ def prepare(recipe: Recipe, shards: str | None, tiles: int, progress: Progress) 
         else:
             _extract(shards, "train", tiles, raw)
             _extract(shards, "val", -(-tiles // 10), raw)
-        pack(str(raw), str(folder / "shards"), progress=progress)
+        bands = load_index(shards).bands if shards else None
+        pack(str(raw), str(folder / "shards"), bands=bands, progress=progress)
         fixed = {"shards": str(folder / "shards"), "runs": str(folder / "runs"), "early_stopping": None, "trace": False}
         recipe = recipe.model_copy(update=fixed)
         index = load_index(recipe.shards)
@@ -138,7 +139,7 @@ def measure_train(bench: Bench, rounds: int, progress: Progress) -> dict[str, An
         "ray": _ray,
         "plain": _plain,
     }
-    if bench.recipe.model.name not in PLAIN_MODELS:
+    if bench.recipe.model.name not in PLAIN_MODELS or bench.index.bands:  # the plain script takes RGB alone
         del parts["plain"]
     done: list[Rates] = []
     for number in range(rounds):

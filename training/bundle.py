@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Sealed
+from training.encoded import Bands, channels
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 REFERENCE = "unknown.safetensors"
 INFO = "bundle.json"
-VERSION = 2
+VERSION = 3
 
 
 class BundleInfo(Sealed):
-    """``bundle.json``. ``mean`` and ``std`` are per channel on pixels scaled to 0..1.
+    """``bundle.json``. ``mean`` and ``std`` are per channel on pixels scaled to 0..1, ``bands`` those of the shard set.
 
     Tiles farther than ``unknown_threshold`` (see :mod:`training.judge`) are unknown; None, before calibration: none is.
     """
@@ -41,6 +42,7 @@ class BundleInfo(Sealed):
     arguments: dict[str, float] = Field(default_factory=dict)
     classes: list[str]
     tile_size: int
+    bands: Bands | None = None
     mean: list[float]
     std: list[float]
     temperature: float = 1.0
@@ -51,6 +53,11 @@ class BundleInfo(Sealed):
     versions: dict[str, str] = Field(default_factory=dict)
     weights_sha256: str = ""
     reference_sha256: str = ""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pixels that the model takes."""
+        return channels(self.bands)
 
 
 def save_bundle(location: str | Path, model: nn.Module, info: BundleInfo) -> BundleInfo:
@@ -93,10 +100,10 @@ def read_info(location: str | Path) -> BundleInfo:
         raise TilefleetError(
             f"{path}: damaged or not a bundle ({error.error_count()} fields wrong); use another copy"
         ) from error
-    if not info.is_intact():
-        raise TilefleetError(f"{path}: changed since it was saved; use another copy or train again")
     if info.version != VERSION:
         raise TilefleetError(f"{path}: a bundle of version {info.version}, this is for version {VERSION}; train again")
+    if not info.is_intact():
+        raise TilefleetError(f"{path}: changed since it was saved; use another copy or train again")
     return info
 
 
@@ -118,7 +125,8 @@ def load_bundle(location: str | Path) -> tuple[Judge, BundleInfo]:
 
     info = read_info(location)
     weights = _read(location, WEIGHTS, info.weights_sha256)
-    model = models.build(info.architecture, len(info.classes), info.tile_size, **info.arguments)
+    classes, size = len(info.classes), info.tile_size
+    model = models.build(info.architecture, classes, size, channels=info.channels, **info.arguments)
     try:
         model.load_state_dict(load_safetensors(weights))
     except RuntimeError as error:
@@ -132,7 +140,7 @@ def load_bundle(location: str | Path) -> tuple[Judge, BundleInfo]:
 
 def judge_pixels(judge: Judge, info: BundleInfo, pixels: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Logits over the temperature, float32 ``[B, classes]``, and distances, float32 ``[B]``, both on ``device``, for
-    uint8 ``[B, 3, size, size]``.
+    uint8 ``[B, channels, size, size]``.
 
     Evaluation and inference both judge these numbers: float32 on the CPU, bfloat16 autocast on a GPU. ``judge`` must
     be on ``device``.

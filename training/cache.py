@@ -19,6 +19,7 @@ from torch import Tensor
 from configs.errors import TilefleetError
 from configs.schema import Cache
 from training.decode import decode_tiles
+from training.encoded import channels
 from training.sampler import Positions
 from training.shards import TileReader
 
@@ -30,12 +31,12 @@ class Tiles(Protocol):
     """The tiles of one split by position."""
 
     def load(self, positions: Positions) -> Tensor:
-        """uint8 ``[B, 3, size, size]``; raises :class:`TilefleetError` for a tile that cannot be read or decoded."""
+        """uint8 ``[B, channels, size, size]``; raises :class:`TilefleetError` where one cannot be read or decoded."""
 
 
 def keep_tiles(reader: TileReader, tile_size: int, device: torch.device, cache: Cache = "auto") -> Tiles:
     """The tiles of ``reader`` behind the cache that is asked for, or that fits, for a model on ``device``."""
-    decoded = len(reader) * 3 * tile_size**2
+    decoded = len(reader) * channels(reader.bands) * tile_size**2
     if cache == "device" or (cache == "auto" and device.type == "cuda" and decoded < _free_on(device) / SHARE):
         return DecodedTiles(reader, tile_size, device)
     room = free_memory() // (SHARE * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -50,11 +51,12 @@ class DecodedTiles:
     def __init__(self, reader: TileReader, tile_size: int, device: torch.device) -> None:
         self._reader = reader
         self._size = tile_size
-        self._pixels = torch.empty((len(reader), 3, tile_size, tile_size), dtype=torch.uint8, device=device)
+        shape = (channels(reader.bands), tile_size, tile_size)
+        self._pixels = torch.empty((len(reader), *shape), dtype=torch.uint8, device=device)
         self._have = np.zeros(len(reader), bool)
 
     def load(self, positions: Positions) -> Tensor:
-        """uint8 ``[B, 3, size, size]`` on the device of the cache."""
+        """uint8 ``[B, channels, size, size]`` on the device of the cache."""
         missing = positions[~self._have[positions]]
         if len(missing):
             pixels = _decode(self._reader, self._reader.read(missing.tolist()), missing, self._size)
@@ -76,7 +78,7 @@ class EncodedTiles:
         self._kept: dict[int, bytes] = {}
 
     def load(self, positions: Positions) -> Tensor:
-        """uint8 ``[B, 3, size, size]`` on the CPU."""
+        """uint8 ``[B, channels, size, size]`` on the CPU."""
         wanted = positions.tolist()
         missing = [position for position in wanted if position not in self._kept]
         found = dict(zip(missing, self._reader.read(missing), strict=True))
@@ -127,7 +129,7 @@ def _free_on(device: torch.device) -> int:
 
 
 def _decode(reader: TileReader, encoded: Sequence[bytes], positions: Positions, tile_size: int) -> Tensor:
-    pixels, errors = decode_tiles(encoded, tile_size)
+    pixels, errors = decode_tiles(encoded, tile_size, reader.bands)
     for position, error in zip(positions, errors, strict=True):
         if error is not None:
             raise TilefleetError(f"{reader.root}: tile {reader.tile_ids[position]}: {error}")

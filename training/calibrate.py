@@ -95,7 +95,7 @@ def judge_split(
     judge.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     logits, distances = torch.empty(len(reader), len(info.classes)), torch.empty(len(reader))
     errors: list[str | None] = []
-    for place, pixels, batch_errors in _decoded(reader, np.arange(len(reader)), info.tile_size, batch_size):
+    for place, pixels, batch_errors in _decoded(reader, np.arange(len(reader)), info, batch_size):
         logits[place], distances[place] = judge_pixels(judge, info, pixels, device)
         errors += batch_errors
         if progress:
@@ -104,12 +104,12 @@ def judge_split(
 
 
 def _decoded(
-    reader: TileReader, positions: Positions, size: int, batch_size: int
+    reader: TileReader, positions: Positions, info: BundleInfo, batch_size: int
 ) -> Iterator[tuple[slice, Tensor, list[str | None]]]:
     """Batches of the tiles at ``positions``: their place in it, and what :func:`decode_tiles` makes of them."""
     for start in range(0, len(positions), batch_size):
         place = slice(start, min(start + batch_size, len(positions)))
-        yield place, *decode_tiles(reader.read(positions[place].tolist()), size)
+        yield place, *decode_tiles(reader.read(positions[place].tolist()), info.tile_size, info.bands)
 
 
 def _features(
@@ -118,7 +118,7 @@ def _features(
     """Features float32 ``[N, features]`` and labels int64 ``[N]`` of up to :data:`REFERENCE_TILES` tiles."""
     chosen = np.linspace(0, len(reader) - 1, min(len(reader), REFERENCE_TILES)).round().astype(np.int64)
     features, labels = [], []
-    for place, pixels, errors in _decoded(reader, chosen, info.tile_size, batch_size):
+    for place, pixels, errors in _decoded(reader, chosen, info, batch_size):
         decoded = torch.tensor([error is None for error in errors])
         with torch.inference_mode():
             found = judge.body(normalise(pixels[decoded].to(device), info.mean, info.std))

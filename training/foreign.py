@@ -73,13 +73,13 @@ def foreign_distances(
     Images are resized to the bundle's tile size. Raises :class:`TilefleetError` where not one of them can be decoded.
     """
     device = next(judge.parameters()).device
-    pixels = torch.empty(batch_size, 3, info.tile_size, info.tile_size, dtype=torch.uint8)
+    pixels = torch.empty(batch_size, info.channels, info.tile_size, info.tile_size, dtype=torch.uint8)
     found: list[Distances] = []
     for start in range(0, len(images), batch_size):
         batch, filled = images[start : start + batch_size], 0
         for image in batch:
             try:
-                pixels[filled] = resize(decode_image(image.read()), info.tile_size)
+                pixels[filled] = resize(decode_image(image.read(), info.bands), info.tile_size)
             except TileError:
                 continue
             filled += 1

@@ -56,7 +56,7 @@ def prediction_grids(recipe: Recipe, out: str) -> str | None:
 
 
 def _sheet(title: str, judge: Judge, info: BundleInfo, pixels: Tensor, truth: list[int]) -> Image.Image:
-    """One grid for uint8 ``[N, 3, size, size]`` and the true classes ``[N]``."""
+    """One grid for uint8 ``[N, channels, size, size]`` and the true classes ``[N]``."""
     judge.to(memory_format=torch.channels_last)
     confidence, predicted = torch.softmax(judge_pixels(judge, info, pixels, "cpu")[0], dim=1).max(dim=1)
     tiles = zip(pixels, truth, predicted.tolist(), confidence.tolist(), strict=True)

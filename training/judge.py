@@ -32,7 +32,7 @@ class Reference:
 class Judge(nn.Module):
     """``model`` without its last layer (:func:`take_head` takes it), that layer, and what is known of confidence.
 
-    Called with normalised float ``[B, 3, size, size]`` it returns logits over the temperature, float32
+    Called with normalised float ``[B, channels, size, size]`` it returns logits over the temperature, float32
     ``[B, classes]``, and distances float32 ``[B]``, which are 0 where there is no ``reference``.
     """
 

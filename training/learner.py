@@ -41,7 +41,8 @@ def untrained(recipe: Recipe, index: Index, *, fresh: bool = True) -> nn.Module:
     The weights that it starts from are read where it is ``fresh``, and left out where a checkpoint follows.
     """
     torch.manual_seed(recipe.seed)
-    model = models.build(recipe.model.name, len(index.classes), index.tile_size, **recipe.model.arguments)
+    kind, classes = recipe.model, len(index.classes)
+    model = models.build(kind.name, classes, index.tile_size, channels=index.channels, **kind.arguments)
     if fresh and recipe.model.weights:
         initialise(recipe.model.name, model, recipe.model.weights)
     return model
@@ -116,7 +117,7 @@ class Learner:
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        """float32 ``[B, classes]`` of the model to judge for uint8 ``[B, 3, size, size]``."""
+        """float32 ``[B, classes]`` of the model to judge for uint8 ``[B, channels, size, size]``."""
         self.best.eval()
         with self._autocast():
             logits: Tensor = self.best(normalise(pixels.to(self.device), self.index.mean, self.index.std))

@@ -32,9 +32,9 @@ CPU = torch.device("cpu")
 class Batch:
     """A rank's part of one global batch.
 
-    ``pixels`` uint8 ``[b, 3, size, size]``, ``labels`` int64 ``[b]``, ``keys`` int64 ``[b]``; ``global_count`` is the
-    number of tiles in the global batch, ``waited`` the seconds that the consumer stood still for it. ``partners`` are
-    the tiles that mixup adds to those of the batch, one to each.
+    ``pixels`` uint8 ``[b, channels, size, size]``, ``labels`` int64 ``[b]``, ``keys`` int64 ``[b]``; ``global_count``
+    is the number of tiles in the global batch, ``waited`` the seconds that the consumer stood still for it.
+    ``partners`` are the tiles that mixup adds to those of the batch, one to each.
     """
 
     step: int

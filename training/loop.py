@@ -232,6 +232,7 @@ class Trainer:
             arguments=self.recipe.model.arguments,
             classes=self.index.classes,
             tile_size=self.index.tile_size,
+            bands=self.index.bands,
             mean=self.index.mean,
             std=self.index.std,
             metrics={"epoch": row["epoch"], **{name: row[name] for name in names if row[name] is not None}},
@@ -269,9 +270,8 @@ class Trainer:
         return self.recipe.optimizer.learning_rate * share
 
     def _done_tiles(self) -> int:
-        return self.progress.epoch * self.sampler.tiles + min(
-            self.progress.step * self.sampler.batch_size, self.sampler.tiles
-        )
+        of_epoch = min(self.progress.step * self.sampler.batch_size, self.sampler.tiles)
+        return self.progress.epoch * self.sampler.tiles + of_epoch
 
     def _trace(self, batch: Batch) -> None:
         ids = [self.train_loader.reader.tile_ids[position] for position in batch.positions]

@@ -1,7 +1,7 @@
 """One registry of model builders: a name, a class count and a tile size become an untrained ``nn.Module``.
 
-Every model takes float ``[batch, 3, tile_size, tile_size]`` and returns logits ``[batch, classes]``; its last linear
-layer is the head, :func:`backbone` is what is not.
+Every model takes float ``[batch, channels, tile_size, tile_size]`` and returns logits ``[batch, classes]``; its last
+linear layer is the head, :func:`backbone` is what is not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 from configs.errors import UsageError
 
 
-def cnn(classes: int, tile_size: int, dropout: float = 0.25) -> nn.Module:
+def cnn(classes: int, tile_size: int, channels: int = 3, dropout: float = 0.25) -> nn.Module:
     """Three 3x3 convolutions of 16, 32 and 64 channels, each with ReLU and 2x2 pooling, then 500 hidden units.
 
     The small CIFAR-10 network of introductory courses (PyTorch "CIFAR-10 CNN", 2018), with the first fully connected
@@ -22,7 +22,7 @@ def cnn(classes: int, tile_size: int, dropout: float = 0.25) -> nn.Module:
     """
     _require("cnn", tile_size, least=8)
     return nn.Sequential(
-        *_conv(3, 16, pool=True),
+        *_conv(channels, 16, pool=True),
         *_conv(16, 32, pool=True),
         *_conv(32, 64, pool=True),
         nn.Flatten(),
@@ -32,7 +32,7 @@ def cnn(classes: int, tile_size: int, dropout: float = 0.25) -> nn.Module:
     )
 
 
-def cnn2(classes: int, tile_size: int, dropout: float = 0.3, head_dropout: float = 0.5) -> nn.Module:
+def cnn2(classes: int, tile_size: int, channels: int = 3, dropout: float = 0.3, head_dropout: float = 0.5) -> nn.Module:
     """Two 3x3 convolutions of 32 channels with ``dropout`` between them, 2x2 pooling, then 512 hidden units.
 
     The first CIFAR-10 network of Brownlee ("Object recognition with convolutional neural networks in Keras", 2016), as
@@ -40,7 +40,7 @@ def cnn2(classes: int, tile_size: int, dropout: float = 0.3, head_dropout: float
     """
     _require("cnn2", tile_size, least=2)
     return nn.Sequential(
-        *_conv(3, 32),
+        *_conv(channels, 32),
         nn.Dropout(dropout),
         *_conv(32, 32, pool=True),
         nn.Flatten(),
@@ -49,7 +49,7 @@ def cnn2(classes: int, tile_size: int, dropout: float = 0.3, head_dropout: float
     )
 
 
-def lenet(classes: int, tile_size: int) -> nn.Module:
+def lenet(classes: int, tile_size: int, channels: int = 3) -> nn.Module:
     """Two 5x5 convolutions of 6 and 16 channels without padding, each with 2x2 pooling, then 120 and 84 hidden units.
 
     After LeNet-5 (LeCun et al., "Gradient-based learning applied to document recognition", 1998), with ReLU and maximum
@@ -58,7 +58,7 @@ def lenet(classes: int, tile_size: int) -> nn.Module:
     _require("lenet", tile_size, least=16)
     side = ((tile_size - 4) // 2 - 4) // 2
     return nn.Sequential(
-        *_conv(3, 6, kernel=5, padding=0, pool=True),
+        *_conv(channels, 6, kernel=5, padding=0, pool=True),
         *_conv(6, 16, kernel=5, padding=0, pool=True),
         nn.Flatten(),
         *_hidden(16 * side * side, 120),
@@ -67,7 +67,9 @@ def lenet(classes: int, tile_size: int) -> nn.Module:
     )
 
 
-def customnet(classes: int, tile_size: int, dropout: float = 0.25, head_dropout: float = 0.5) -> nn.Module:
+def customnet(
+    classes: int, tile_size: int, channels: int = 3, dropout: float = 0.25, head_dropout: float = 0.5
+) -> nn.Module:
     """Three 3x3 convolutions of 64, 128 and 256 channels without padding, each with 2x2 pooling, then 2048, 512 and 128
     hidden units: 20 million parameters at 64 pixels.
 
@@ -77,7 +79,7 @@ def customnet(classes: int, tile_size: int, dropout: float = 0.25, head_dropout:
     _require("customnet", tile_size, least=22)
     side = (((tile_size - 2) // 2 - 2) // 2 - 2) // 2
     return nn.Sequential(
-        *_conv(3, 64, padding=0, pool=True),
+        *_conv(channels, 64, padding=0, pool=True),
         *_conv(64, 128, padding=0, pool=True),
         *_conv(128, 256, padding=0, pool=True),
         nn.Dropout(dropout),
@@ -89,14 +91,14 @@ def customnet(classes: int, tile_size: int, dropout: float = 0.25, head_dropout:
     )
 
 
-def folder_cnn(classes: int, tile_size: int, dropout: float = 0.0) -> nn.Module:
+def folder_cnn(classes: int, tile_size: int, channels: int = 3, dropout: float = 0.0) -> nn.Module:
     """Two 3x3 convolutions of 16 and 32 channels, each with 2x2 pooling, then 128 hidden units with ``dropout``.
 
     The network of introductory courses on class folders of a few hundred photographs, where it learns them by heart.
     """
     _require("folder_cnn", tile_size, least=4)
     return nn.Sequential(
-        *_conv(3, 16, pool=True),
+        *_conv(channels, 16, pool=True),
         *_conv(16, 32, pool=True),
         nn.Flatten(),
         *_hidden(32 * (tile_size // 4) ** 2, 128, dropout),
@@ -104,16 +106,21 @@ def folder_cnn(classes: int, tile_size: int, dropout: float = 0.0) -> nn.Module:
     )
 
 
-def vgg16(classes: int, tile_size: int, dropout: float = 0.5) -> nn.Module:
+def vgg16(classes: int, tile_size: int, channels: int = 3, dropout: float = 0.5) -> nn.Module:
     """VGG16, configuration D of Simonyan and Zisserman (2015), as torchvision builds it, with a head of ``classes``."""
     _require("vgg16", tile_size, least=32)
     from torchvision.models import vgg16 as build_vgg16  # here, as it takes a second that no other model needs
 
     model: nn.Module = build_vgg16(weights=None, num_classes=classes, dropout=dropout)
+    if channels != 3:
+        first = nn.Conv2d(channels, 64, kernel_size=3, padding=1)
+        nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+        nn.init.zeros_(first.bias)  # type: ignore[arg-type]
+        model.set_submodule("features.0", first)
     return model
 
 
-def tilenet(classes: int, tile_size: int, width: float = 32, dropout: float = 0.2) -> nn.Module:
+def tilenet(classes: int, tile_size: int, channels: int = 3, width: float = 32, dropout: float = 0.2) -> nn.Module:
     """This project's own compact residual network for small tiles, made to be quick on a CPU.
 
     A 3x3 convolution of ``width`` channels, then three times a residual block (He et al. 2016) that keeps the shape and
@@ -131,7 +138,7 @@ def tilenet(classes: int, tile_size: int, width: float = 32, dropout: float = 0.
         raise UsageError(f"model.arguments: tilenet's width is a number of channels, not {width:g}")
     stem = int(width)
     return nn.Sequential(
-        nn.Conv2d(3, stem, kernel_size=3, padding=1, bias=False),
+        nn.Conv2d(channels, stem, kernel_size=3, padding=1, bias=False),
         nn.MaxPool2d(2),
         nn.BatchNorm2d(stem),
         nn.ReLU(),
@@ -178,12 +185,12 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 """Model name in a recipe or bundle -> its builder."""
 
 
-def build(name: str, classes: int, tile_size: int, **arguments: float) -> nn.Module:
+def build(name: str, classes: int, tile_size: int, *, channels: int = 3, **arguments: float) -> nn.Module:
     """The untrained model ``name``; raises :class:`UsageError` for an unknown name, argument or size."""
     if name not in BUILDERS:
         raise UsageError(f"model.name: no model {name!r}; there are {', '.join(sorted(BUILDERS))}")
     try:
-        return BUILDERS[name](classes, tile_size, **arguments)
+        return BUILDERS[name](classes, tile_size, channels, **arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(f"model.arguments: {name} does not take them ({error})") from error
 

@@ -24,7 +24,7 @@ from webdataset import TarWriter
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from training.decode import decode_image, resize
-from training.encoded import TileError
+from training.encoded import Bands, TileError
 from training.raw import first_few
 from training.shards import INDEX, MARKER, SPLITS, TILES, TILES_SCHEMA, Index, Shard, save_index
 from training.sources import RawTile, open_source
@@ -52,6 +52,7 @@ def pack(
     seed: int = 0,
     tiles_per_shard: int = 1000,
     size: int | None = None,
+    bands: Bands | None = None,
     workers: int | None = None,
     skip_damaged: bool = False,
     progress: Progress | None = None,
@@ -62,16 +63,17 @@ def pack(
     that one is taken out of train with the share val/(train+val), 1/9 for 80,10,10; where it has no test split, test
     stays empty. A tile with the pixels of one in a more protected given split (test before val before train) is left
     out and counted, as a published test split must not change. ``size`` in pixels resizes and re-encodes tiles of
-    another size. ``workers`` is the number of threads; what is written does not depend on it. Raises
+    another size. ``bands`` says which bands are the channels of a tile, red, green and blue unless given; the shards
+    hold all that the source has. ``workers`` is the number of threads; what is written does not depend on it. Raises
     :class:`UsageError` for wrong arguments or an ``out`` that holds something else, :class:`TilefleetError` for bad
     data; nothing is left then.
     """
-    _check_arguments(split, tiles_per_shard, size, workers)
+    _check_arguments(split, tiles_per_shard, size, bands, workers)
     workers = workers or os.cpu_count() or 1
     report: Progress = progress or (lambda stage, done, total: None)
     with closing(open_source(source)) as raw:
         target = _check_out(source, out)
-        found = survey(raw, size, workers, report)
+        found = survey(raw, size, workers, report, bands)
         _check_usable(source, found, skip_damaged)
         found, splits, leaks = _assign(source, found, split, seed)
         labels, contents = _labels_and_contents(found)
@@ -102,6 +104,7 @@ def pack(
             index = Index(
                 classes=raw.classes,
                 tile_size=tile_size,
+                bands=bands,
                 mean=mean,
                 std=std,
                 splits=shards,
@@ -201,7 +204,9 @@ def _stored(source: str, found: Survey, position: int) -> tuple[str, bytes]:
     return "png", buffer.getvalue()
 
 
-def _check_arguments(split: Sequence[int], tiles_per_shard: int, size: int | None, workers: int | None) -> None:
+def _check_arguments(
+    split: Sequence[int], tiles_per_shard: int, size: int | None, bands: Bands | None, workers: int | None
+) -> None:
     if len(split) != 3 or min(split) < 0 or split[0] == 0:
         shown = ",".join(map(str, split))
         raise UsageError(f"--split {shown}: three shares of 0 or more are needed, and one for train, as 80,10,10")
@@ -209,6 +214,8 @@ def _check_arguments(split: Sequence[int], tiles_per_shard: int, size: int | Non
         raise UsageError(f"--tiles-per-shard {tiles_per_shard}: 1 is the least")
     if size is not None and not 1 <= size <= MAX_SIZE:
         raise UsageError(f"--size {size}: it must lie between 1 and {MAX_SIZE} pixels")
+    if size is not None and bands is not None:
+        raise UsageError("--size: tiles with --bands are kept as they are, as resized samples are others; leave it out")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: 1 is the least")
 

@@ -58,7 +58,7 @@ def measure_loader(trainer: Trainer) -> Figures:
 def measure_ingest(trainer: Trainer) -> Figures:
     """What :func:`measure_loader` finds, and its parts in tiles/s, one after the other on this rank's share of tiles.
 
-    ``read`` is reading by offset with the check of each digest, ``decode`` is JPEG to pixels, ``gather`` is taking a
+    ``read`` is reading by offset with the check of each digest, ``decode`` is images to pixels, ``gather`` is taking a
     batch out of the cache that the recipe asks for; ``read_bytes`` is in bytes/s.
     """
     loader, count = trainer.train_loader, len(trainer.train_loader.reader)
@@ -70,7 +70,7 @@ def measure_ingest(trainer: Trainer) -> Figures:
         return len(mine)
 
     def decode() -> int:
-        return sum(len(decode_tiles(batch, trainer.index.tile_size)[0]) for batch in encoded)
+        return sum(len(decode_tiles(batch, trainer.index.tile_size, trainer.index.bands)[0]) for batch in encoded)
 
     def gather() -> int:
         return sum(len(loader.tiles.load(positions)) for positions in batches * PASSES)

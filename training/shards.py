@@ -21,11 +21,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Sealed
+from training.encoded import Bands, channels
 from training.tars import Member as Member  # inference reads tars through this module
 from training.tars import scan_tar as scan_tar
 
 INDEX = "index.json"
 TILES = "tiles.parquet"
+VERSION = 2
 MARKER = ".packing"  # stands in a set that is not finished
 REQUESTS = 16
 """Tiles that a reader asks object storage for at the same time."""
@@ -57,16 +59,25 @@ class Shard(BaseModel):
 
 
 class Index(Sealed):
-    """``index.json``. ``mean`` and ``std`` are those of the train split, per channel, on pixels scaled to 0..1."""
+    """``index.json``. ``mean`` and ``std`` are those of the train split, per channel, on pixels scaled to 0..1.
 
-    version: int = 1
+    ``bands`` are the channels that were chosen; None: red, green and blue.
+    """
+
+    version: int = VERSION
     classes: list[str]
     tile_size: int
+    bands: Bands | None = None
     mean: list[float]
     std: list[float]
     splits: dict[str, list[Shard]]
     tiles_sha256: str
     packed: dict[str, Any]
+
+    @property
+    def channels(self) -> int:
+        """Channels of a tile's pixels."""
+        return channels(self.bands)
 
     def tiles(self, split: str) -> int:
         """Tiles in ``split``."""
@@ -103,6 +114,10 @@ def load_index(root: str | Path) -> Index:
         index = Index.model_validate_json(storage.read_bytes(location))
     except ValidationError as error:
         raise TilefleetError(f"{location}: damaged ({error.error_count()} fields wrong); pack again") from error
+    if index.version != VERSION:
+        raise TilefleetError(
+            f"{location}: a shard set of version {index.version}, this is for version {VERSION}; pack again"
+        )
     if not index.is_intact():
         raise TilefleetError(f"{location}: changed since it was packed; use another copy or pack again")
     return index
@@ -122,7 +137,10 @@ def fingerprint(root: str | Path) -> str:
 
 def load_tiles(root: str | Path, split: str | None = None) -> pa.Table:
     """The rows of ``tiles.parquet`` in shard order, of one split or of all (:data:`TILES_SCHEMA`)."""
-    index = load_index(root)
+    return _load_tiles(root, load_index(root), split)
+
+
+def _load_tiles(root: str | Path, index: Index, split: str | None) -> pa.Table:
     location = storage.join(root, TILES)
     if not storage.exists(location):
         raise TilefleetError(f"{location}: missing; copy the shard set again or pack again")
@@ -136,12 +154,14 @@ def load_tiles(root: str | Path, split: str | None = None) -> pa.Table:
 class TileReader:
     """Reads tiles of one split by position, each checked against its digest.
 
-    ``labels`` is an int32 numpy array ``[tiles]``; positions are those of :func:`load_tiles`.
+    ``labels`` is an int32 numpy array ``[tiles]``; positions are those of :func:`load_tiles`, ``bands`` the index's.
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
-        table = load_tiles(root, split)
+        index = load_index(root)
+        table = _load_tiles(root, index, split)
         self.root = root
+        self.bands = index.bands
         self.tile_ids: list[str] = table["tile_id"].to_pylist()
         self.labels = table["label"].to_numpy()
         self._shards: list[str] = table["shard"].to_pylist()
@@ -227,7 +247,7 @@ def _verify_shard(location: str, shard: Shard, rows: list[dict[str, Any]], class
 
 
 def _verify_tar(location: str) -> Iterator[Problem]:
-    from training.decode import decode_image
+    from training.decode import check_image
     from training.encoded import MAX_ENCODED_BYTES, TileError, is_image_name
 
     with storage.open_input(location) as stream:
@@ -242,7 +262,7 @@ def _verify_tar(location: str) -> Iterator[Problem]:
                 images += 1
                 stream.seek(member.offset)
                 try:
-                    decode_image(stream.read(min(member.size, MAX_ENCODED_BYTES + 1)))
+                    check_image(stream.read(min(member.size, MAX_ENCODED_BYTES + 1)))
                 except TileError as error:
                     yield Problem(location, f"member {member.name!r}: {error}")
         if not images and not scan.damage:

@@ -25,13 +25,13 @@ from torch import Tensor
 from cluster import storage
 from configs.errors import TilefleetError, UsageError
 from configs.schema import Recipe
-from training.augment import augment
+from training.augment import augment, require_colours
 from training.cache import EncodedTiles
-from training.decode import decode_image
-from training.encoded import TileError
+from training.decode import decode_image, picture
+from training.encoded import Bands, TileError
 from training.images import Entry, list_images
 from training.sampler import Epoch, Positions, Sampler
-from training.shards import TileReader, load_index
+from training.shards import INDEX, TileReader, load_index
 
 FRAME = 128
 """Side of the square that holds one tile, in pixels."""
@@ -59,8 +59,9 @@ def contact_sheet(location: str, out: str, *, tiles: int = 64, split: str | None
     """
     _check(out, tiles=tiles)
     entries = list_images(location, split)
+    bands = load_index(location).bands if storage.exists(storage.join(location, INDEX)) else None
     chosen = [entries[i] for i in choose([entry.group for entry in entries], tiles)]
-    frames = [Frame(_picture(entry), (entry.caption,)) for entry in chosen]
+    frames = [Frame(_picture(entry, bands), (entry.caption,)) for entry in chosen]
     save(out, draw(frames, columns=math.ceil(math.sqrt(len(frames)))))
     return len(chosen)
 
@@ -69,10 +70,12 @@ def augmented_sheet(recipe: Recipe, out: str, *, tiles: int = 8, variants: int =
     """Write a PNG of what ``recipe`` does to training tiles to ``out``; returns how many tiles it shows.
 
     A row for each tile: as it is, then as the model is shown it in each of the first ``variants`` epochs. Raises
-    :class:`UsageError` where there are no such shards, :class:`TilefleetError` where a tile is damaged.
+    :class:`UsageError` where there are no such shards, or no colours in them for the recipe to change,
+    :class:`TilefleetError` where a tile is damaged.
     """
     _check(out, tiles=tiles, variants=variants)
     index, reader = load_index(recipe.shards), TileReader(recipe.shards, "train")
+    require_colours(recipe.augment, index.channels)
     chosen = np.array(choose([index.classes[label] for label in reader.labels], tiles), dtype=np.int64)
     if not len(chosen):
         raise TilefleetError(f"{recipe.shards}: no tiles in split 'train'")
@@ -147,18 +150,17 @@ def save(out: str, sheet: Image.Image) -> None:
     storage.write_bytes(out, stream.getvalue())
 
 
-def _picture(entry: Entry) -> Image.Image:
+def _picture(entry: Entry, bands: Bands | None) -> Image.Image:
     """The tile, or the reason why it cannot be decoded, in a square of :data:`FRAME` pixels."""
     try:
-        return framed(decode_image(entry.read()))
+        return framed(decode_image(entry.read(), bands))
     except TileError as error:
         return _notice(str(error))
 
 
 def framed(pixels: Tensor) -> Image.Image:
-    """uint8 ``[3, height, width]`` in a square of :data:`FRAME` pixels, its proportions kept."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    return ImageOps.pad(image, (FRAME, FRAME), Image.Resampling.BICUBIC, color=_MUTED)
+    """uint8 ``[channels, height, width]`` in a square of :data:`FRAME` pixels, its proportions kept."""
+    return ImageOps.pad(picture(pixels), (FRAME, FRAME), Image.Resampling.BICUBIC, color=_MUTED)
 
 
 def _notice(reason: str) -> Image.Image:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from training.decode import decode_image, image_extension, resize
-from training.encoded import TileError
+from training.encoded import Bands, TileError
 from training.sources import RawTile, Source
 
 Progress = Callable[[str, int, int], None]
@@ -55,11 +55,11 @@ class Survey:
     damaged: list[dict[str, str]]
 
 
-def survey(raw: Source, size: int | None, workers: int, report: Progress) -> Survey:
+def survey(raw: Source, size: int | None, workers: int, report: Progress, bands: Bands | None = None) -> Survey:
     """Read and decode every tile once, on ``workers`` threads; ``size`` is what all will be resized to, if any."""
 
     def study(tiles: list[RawTile]) -> list[Facts | str]:
-        return [_study(raw, tile, size) for tile in tiles]
+        return [_study(raw, tile, size, bands) for tile in tiles]
 
     found = Survey(raw, size, [], [], [])
     chunks = [raw.tiles[i : i + _CHUNK] for i in range(0, len(raw.tiles), _CHUNK)]
@@ -75,11 +75,11 @@ def survey(raw: Source, size: int | None, workers: int, report: Progress) -> Sur
     return found
 
 
-def _study(raw: Source, tile: RawTile, size: int | None) -> Facts | str:
+def _study(raw: Source, tile: RawTile, size: int | None, bands: Bands | None) -> Facts | str:
     """The facts of a tile, or why it cannot be used."""
     try:
         data = raw.read(tile)
-        image = decode_image(data)
+        image = decode_image(data, bands)
         extension = image_extension(data)
     except TileError as error:
         return str(error)
@@ -102,8 +102,9 @@ def _study(raw: Source, tile: RawTile, size: int | None) -> Facts | str:
 def mean_std(facts: Sequence[Facts]) -> tuple[list[float], list[float]]:
     """Per channel, on pixels scaled to 0..1; from exact sums, so the order of the tiles does not show."""
     count = sum(fact.pixels for fact in facts)
-    sums = [sum(fact.sums[channel] for fact in facts) for channel in range(3)]
-    squares = [sum(fact.squares[channel] for fact in facts) for channel in range(3)]
+    channels = range(len(facts[0].sums))
+    sums = [sum(fact.sums[channel] for fact in facts) for channel in channels]
+    squares = [sum(fact.squares[channel] for fact in facts) for channel in channels]
     mean = [total / (255 * count) for total in sums]
     std = [sqrt(count * square - total**2) / (255 * count) for total, square in zip(sums, squares, strict=True)]
     return mean, [value or 1.0 for value in std]  # a channel that never varies is divided by 1

@@ -83,9 +83,17 @@ def check(recipe: Recipe, index: Index) -> None:
     import torch
 
     from training import models
+    from training.augment import require_colours
 
+    require_colours(recipe.augment, index.channels)
+    kind, classes = recipe.model, len(index.classes)
+    if kind.weights and index.channels != 3 and not storage.exists(kind.weights):
+        raise UsageError(
+            f"model.weights: {kind.weights} is for RGB tiles, and these have {index.channels} channels; leave it out, "
+            "or name a file with the weights of a model of as many"
+        )
     with torch.device("meta"):  # shapes only: the model is checked without memory for its weights
-        models.build(recipe.model.name, len(index.classes), index.tile_size, **recipe.model.arguments)
+        models.build(kind.name, classes, index.tile_size, channels=index.channels, **kind.arguments)
 
 
 def find_run(recipe: Recipe, *, resume: bool) -> records.Status | None:

@@ -17,7 +17,7 @@ import training.decode as decode
 
 real = decode.decode_tiles
 
-def decode_tiles(encoded, size):
+def decode_tiles(encoded, size, bands=None):
     for data in encoded:
         if data.startswith(b"segfault"):
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -26,7 +26,7 @@ def decode_tiles(encoded, size):
         if data.startswith(b"once") and not os.path.exists(os.environ["ONCE"]):
             open(os.environ["ONCE"], "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
-    return real(encoded, size)
+    return real(encoded, size, bands)
 
 decode.decode_tiles = decode_tiles
 """

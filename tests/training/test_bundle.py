@@ -72,7 +72,7 @@ def test_broken_info_is_refused(copy: Path, text: str) -> None:
 def test_a_bundle_of_another_version_is_refused(copy: Path) -> None:
     info = BundleInfo.model_validate_json((copy / "bundle.json").read_text())
     (copy / "bundle.json").write_text(info.model_copy(update={"version": 1}).sealed().model_dump_json())
-    with pytest.raises(TilefleetError, match="a bundle of version 1, this is for version 2; train again"):
+    with pytest.raises(TilefleetError, match="a bundle of version 1, this is for version 3; train again"):
         load_bundle(copy)
 
 
