@@ -30,7 +30,7 @@ DECODE_THREADS = 8
 """Most threads that decode for a GPU, unless more are asked for."""
 
 Decoded = tuple[Tensor, list[str | None]]
-"""Pixels, uint8 ``[N, 3, size, size]``, and for each tile None or why it could not be decoded."""
+"""Pixels, uint8 ``[N, channels, size, size]``, and for each tile None or why it could not be decoded."""
 
 Decode = Callable[[Sequence[bytes]], Decoded]
 """Decodes a batch; see :func:`on_threads`, :func:`on_gpu` and :class:`inference.pool.DecoderPool`."""
