@@ -22,6 +22,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from tests.geotiff import geotiff
+
 TRAP = "/tmp/tilefleet-trap"
 """What files begin with that only a reader makes that follows names, or runs pickles."""
 
@@ -33,7 +35,8 @@ Files = list[tuple[str, bytes]]
 PICTURES = [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG")]
 PICTURES += [("P", "PNG"), ("1", "PNG"), ("RGB", "WEBP"), ("RGB", "TIFF"), ("F", "TIFF"), ("I;16", "TIFF")]
 PICTURES += [("RGB", "BMP"), ("P", "GIF"), ("RGB", "JPEG2000")]
-"""Modes and formats of images."""
+PICTURES += [("none", "GeoTIFF"), ("deflate", "GeoTIFF"), ("lzw", "GeoTIFF")]
+"""Modes and formats of images; of a GeoTIFF its compression."""
 
 
 class Evil:
@@ -44,9 +47,12 @@ class Evil:
 
 
 def picture(chance: random.Random) -> bytes:
-    """A small image of any kind that Pillow writes."""
+    """A small image of any kind that Pillow writes, or a GeoTIFF of many bands."""
     mode, form = chance.choice(PICTURES)
     side = chance.choice([1, 8, 32, 32, 32, 50])
+    if form == "GeoTIFF":
+        samples = np.frombuffer(chance.randbytes(side * side * 5 * 2), np.uint16).reshape(5, side, side)
+        return geotiff(samples, compress=mode, interleave=chance.choice(["pixel", "band"]))
     buffer = io.BytesIO()
     noise = np.frombuffer(chance.randbytes(side * side * 3), np.uint8).reshape(side, side, 3)
     if mode in ("I;16", "F"):

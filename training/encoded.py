@@ -6,6 +6,7 @@ Nothing here needs PyTorch, so that a plan over millions of names starts at once
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from math import isfinite
 from pathlib import PurePosixPath
 from typing import Annotated, Self
@@ -37,8 +38,8 @@ _TIFF = {
 """How a TIFF or BigTIFF begins -> byte order, where and what the place of its first directory is, the type of a
 directory's length, bytes of an entry."""
 
-_SAMPLES_PER_PIXEL = 277
-_MOST_ENTRIES = 0xFFFF
+_SAMPLES_PER_PIXEL, _LONG = 277, 4
+_MOST_ENTRIES, _MOST_DIRECTORIES = 0xFFFF, 64
 
 
 DAMAGED = "image is cut short or damaged"
@@ -121,20 +122,36 @@ def is_tiff(data: bytes) -> bool:
     return data[:4] in _TIFF
 
 
-def tiff_bands(data: bytes) -> int | None:
-    """Bands of a TIFF by its first directory (TIFF 6.0, section 2; BigTIFF); None for anything else."""
-    if not is_tiff(data):
-        return None
-    order, place, pointer, length, step = _TIFF[data[:4]]
+def tiff_entries(data: bytes) -> Iterator[tuple[int, int]]:
+    """Tags of a TIFF or BigTIFF and where each entry lies, directory by directory (TIFF 6.0, section 2).
+
+    Ends where the file does, or begins to repeat itself; there are none in anything else.
+    """
+    order, place, pointer, length, step = _TIFF.get(data[:4], ("<", len(data), "I", "H", 12))
+    known = set[int]()
     try:
-        (at,) = struct.unpack_from(order + pointer, data, place)
-        (entries,) = struct.unpack_from(order + length, data, at)
-        first = at + struct.calcsize(order + length)
-        for entry in range(first, first + min(entries, _MOST_ENTRIES) * step, step):
-            tag, kind = struct.unpack_from(order + "HH", data, entry)
-            if tag == _SAMPLES_PER_PIXEL:
-                value = order + ("I" if kind == 4 else "H")
-                return int(struct.unpack_from(value, data, entry + 4 + struct.calcsize(pointer))[0])
+        while len(known) < _MOST_DIRECTORIES:
+            (at,) = struct.unpack_from(order + pointer, data, place)
+            (entries,) = struct.unpack_from(order + length, data, at)
+            if at in known or entries > _MOST_ENTRIES:
+                return
+            known.add(at)
+            first = at + struct.calcsize(order + length)
+            place = first + entries * step
+            for entry in range(first, place, step):
+                yield struct.unpack_from(order + "H", data, entry)[0], entry
     except (struct.error, OverflowError):  # a place beyond the data, or beyond any
-        return None
-    return 1
+        return
+
+
+def tiff_bands(data: bytes) -> int | None:
+    """Bands of a TIFF or BigTIFF; None for anything else, or where its directory is cut."""
+    found = None
+    for tag, entry in tiff_entries(data):
+        if tag == _SAMPLES_PER_PIXEL:
+            order, _, pointer, _, step = _TIFF[data[:4]]
+            value = data[entry + 4 + struct.calcsize(order + pointer) : entry + step]
+            long = data[entry + 2 : entry + 4] == struct.pack(order + "H", _LONG)
+            return int(struct.unpack_from(order + ("I" if long else "H"), value)[0]) if len(value) >= 4 else None
+        found = 1
+    return found

@@ -1,12 +1,14 @@
 """TIFFs of any bands and any samples become pixels: GDAL reads them, through rasterio, from memory.
 
 Bytes come in, uint8 channels go out. Nothing but these bytes is opened, whatever names a file holds of others: sidecars
-and georeferencing are not looked for, and neither masks nor overviews, which may lie elsewhere, are asked for.
+and georeferencing are not looked for, GDAL's own metadata is hidden from it, and neither masks nor overviews, which may
+lie elsewhere, are asked for.
 """
 
 from __future__ import annotations
 
 import logging
+import struct
 import warnings
 from functools import cache
 from types import ModuleType
@@ -15,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.encoded import DAMAGED, MAX_PIXELS, Bands, TileError
+from training.encoded import DAMAGED, MAX_PIXELS, Bands, TileError, tiff_entries
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
 MAX_RASTER_BYTES = 512 << 20
 """Largest raster that is decoded, all its bands together, and the largest block of one; GDAL holds a block whole."""
+
+_METADATA, _UNKNOWN = 42112, 42111
 
 _SETTINGS = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO"}
 
@@ -36,7 +40,7 @@ def decode_raster(data: bytes, bands: Bands) -> NDArray[np.uint8]:
     try:
         with (
             rasterio.Env(session=rasterio.session.DummySession(), **_SETTINGS),
-            rasterio.io.MemoryFile(data) as memory,
+            rasterio.io.MemoryFile(_without_metadata(data)) as memory,
             memory.open(driver="GTiff", GEOREF_SOURCES="NONE") as raster,
         ):
             _check(raster, bands)
@@ -64,6 +68,20 @@ def require_bands(bands: Bands, count: int) -> None:
     """Raise :class:`TileError` where an image of ``count`` bands lacks one of ``bands``."""
     if max(bands.numbers) > count:
         raise TileError(f"band {max(bands.numbers)} asked for, the image has {count}")
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """``data`` with GDAL's own XML under a number that means nothing to GDAL.
+
+    It says nothing about samples, can name other files, and where it is damaged rasterio prints a stack trace.
+    """
+    entries = [entry for tag, entry in tiff_entries(data) if tag == _METADATA]
+    if not entries:
+        return data
+    patched = bytearray(data)
+    for entry in entries:
+        struct.pack_into("<H" if data.startswith(b"II") else ">H", patched, entry, _UNKNOWN)
+    return bytes(patched)
 
 
 def _check(raster: DatasetReader, bands: Bands) -> None:

@@ -45,6 +45,7 @@ def test_overrides_reach_nested_keys_and_have_yaml_types(file: Path) -> None:
         ("batch_size=-4", "batch_size: input should be greater than 0"),
         ("optimizer.name=lion", "optimizer.name: input should be 'sgd', 'adam' or 'adamw'"),
         ("name=../x", "name: string should match"),
+        ("model.arguments.channels=4", "model.arguments: value error, channels: the shards say so"),
         ("epochs", "key=value"),
         ("epochs.x=1", "epochs is a value"),
     ],

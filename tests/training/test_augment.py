@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
+from configs.errors import UsageError
 from configs.schema import AugmentConfig
 from training import augment as stages
-from training.augment import augment, normalise, symmetries
+from training.augment import augment, normalise, require_colours, symmetries
 from training.randomness import keys
 
 EVERYTHING = AugmentConfig(
@@ -52,6 +53,30 @@ def test_normalise_is_the_usual_formula() -> None:
     expected = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert torch.allclose(normalise(pixels, mean, std), expected, atol=1e-5)
     assert normalise(pixels, mean, std).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_tiles_of_any_channels_are_augmented_as_each_of_their_bands_would_be(channels: int) -> None:
+    tiles = torch.randint(0, 256, (6, channels, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(0))
+    moves = AugmentConfig(symmetries=True, rotation=30, perspective=0.3, brightness=0.3, erasing=0.5)
+    moved = augment(tiles, tile_keys(6), moves)
+    assert (moved.shape, moved.dtype) == (tiles.shape, torch.uint8)
+    assert torch.equal(moved, torch.cat([augment(band, tile_keys(6), moves) for band in tiles.split(1, 1)], 1))
+
+
+def test_contrast_of_other_channels_leads_away_from_their_mean() -> None:
+    tiles = torch.tensor([40, 80, 120, 160], dtype=torch.uint8).view(1, 4, 1, 1).expand(8, 4, 8, 8).contiguous()
+    moved = augment(tiles, tile_keys(8), AugmentConfig(contrast=0.5))
+    assert ((moved.float().mean((1, 2, 3)) - 100).abs() <= 0.5).all()
+    assert len(moved.unique()) > 4
+
+
+@pytest.mark.parametrize("name", ["hue", "saturation"])
+def test_what_needs_colours_is_refused_without_them(name: str) -> None:
+    require_colours(AugmentConfig(**{name: 0.1}), 3)
+    require_colours(EVERYTHING.model_copy(update={"hue": 0, "saturation": 0}), 13)
+    with pytest.raises(UsageError, match=f"augment.{name}: needs red, green and blue, and tiles have 1 channels"):
+        require_colours(AugmentConfig(**{name: 0.1}), 1)
 
 
 def test_symmetries_draws_all_eight_positions_equally() -> None:

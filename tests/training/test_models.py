@@ -30,6 +30,22 @@ def test_any_tile_size_and_class_count(name: str, classes: int) -> None:
             assert model(torch.zeros(2, 3, size, size)).shape == (2, classes)
 
 
+@pytest.mark.parametrize("channels", [1, 4, 13])
+@pytest.mark.parametrize("name", LEAST)
+def test_any_number_of_channels(name: str, channels: int) -> None:
+    with torch.device("meta"):
+        model = models.build(name, 5, 32, channels=channels)
+        assert model(torch.zeros(2, channels, 32, 32)).shape == (2, 5)
+        assert shapes(model)[1:] == shapes(models.build(name, 5, 32))[1:]
+
+
+def test_the_first_layer_of_vgg16_is_drawn_as_the_others_are() -> None:
+    torch.manual_seed(0)
+    first = models.build("vgg16", 5, 32, channels=13).get_submodule("features.0")
+    assert float(first.weight.std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.03)  # He et al. 2015, by outputs
+    assert not first.bias.any()
+
+
 @pytest.mark.parametrize("name", LEAST)
 def test_tiles_that_are_too_small_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name}: tiles of {LEAST[name] - 1} pixels are too small, {LEAST[name]} is"):

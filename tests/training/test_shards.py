@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import struct
 import tarfile
@@ -108,6 +109,13 @@ def test_an_index_that_was_edited_is_refused(damaged: Path, change: dict[str, ob
     (damaged / "index.json").write_text(edited.model_dump_json())
     assert "changed since it was packed" in lines(damaged)
     with pytest.raises(TilefleetError, match="changed since it was packed"):
+        load_index(damaged)
+
+
+def test_an_index_of_another_version_is_refused(damaged: Path) -> None:
+    old = load_index(damaged).model_dump(mode="json", exclude={"bands"}) | {"version": 1}
+    (damaged / "index.json").write_text(json.dumps(old))
+    with pytest.raises(TilefleetError, match="a shard set of version 1, this is for version 2; pack again"):
         load_index(damaged)
 
 
