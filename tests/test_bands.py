@@ -18,7 +18,7 @@ from configs.schema import Recipe
 from inference import bench, engines, pictures
 from inference.forward import ENGINES, Engine, missing
 from inference.plan import open_plan
-from inference.predictor import Predictor
+from inference.predictor import Predictor, on_gpu
 from inference.report import report
 from inference.sink import read_predictions
 from inference.tally import Example
@@ -157,7 +157,7 @@ def test_every_engine_takes_four_channels(bundle: str, shards: str) -> None:
     assert choice.trials.keys() == set(ENGINES["cpu"])
     for name, trial in choice.trials.items():
         assert missing(name, "cpu") or name == "torch" or (trial.agreement and trial.agreement.accepted), name
-    predictor = Predictor(bundle, choice.engine, gpu_decode=True, decode_threads=2, device="cpu")
+    predictor = Predictor(bundle, choice.engine, device="cpu", decode=on_gpu(info, "cpu"))
     assert predictor.predict(encoded).errors == [None] * 20
     assert reference(torch.zeros(2, 4, 16, 16, dtype=torch.uint8))[0].shape == (2, 2)
 
