@@ -38,6 +38,9 @@ START_SECONDS = 180.0
 END_SECONDS = 30.0
 """How long the processes of a node may take to end by themselves."""
 
+NOTICE_SECONDS = 20
+"""How long before its end a worker tells the runs on it, which save a checkpoint; Ray waits for it to be idle."""
+
 KILLED_SECONDS = 5.0
 """How long the system may take to end what is killed."""
 
@@ -177,6 +180,8 @@ def _start(options: list[str], environment: dict[str, str], node: Node) -> Node:
         "PATH": f"{program}:{environment.get('PATH', os.defpath)}",  # a job's `python` is the one that has Ray
         "PYTHONPATH": f"{Path(__file__).parent.parent}:{environment.get('PYTHONPATH', '')}".rstrip(":"),
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
+        # A head is never idle once an actor that outlives its job, as Ray Data's, runs there: its jobs are stopped first.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE_SECONDS if node.role == "worker" else 0),
         "RAY_START_HOOK": f"{without_client.__module__}.{without_client.__name__}",
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]

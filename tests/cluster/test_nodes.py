@@ -8,6 +8,8 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,6 +170,22 @@ def test_down_ends_all_that_up_started_and_nothing_else(user: User, bystander: s
     assert not Path(node.folder).exists()
     assert bystander.poll() is None
     assert user.run("cluster", "down")[0] == 2
+
+
+@pytest.mark.ray
+def test_down_waits_for_no_actor_that_outlives_its_job(user: User) -> None:
+    user.must("cluster", "up", "--port", 0, "--cpus", 1)
+    program = (
+        "import ray; ray.init(address='" + user.node.address + "', namespace='x'); "
+        "actor = ray.remote(type('Kept', (), {})).options(lifetime='detached', name='kept').remote(); "
+        "ray.get(actor.__ray_ready__.remote())"
+    )
+    more = session.LOOPBACK | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": user.token}
+    subprocess.run([sys.executable, "-c", program], env=user.environment(**more), check=True, timeout=120)
+    assert any("ray::Kept" in line for line in descendants(user.node.process).values())
+    began = time.monotonic()
+    user.must("cluster", "down")
+    assert time.monotonic() - began < nodes.END_SECONDS - 5
 
 
 @pytest.mark.process
