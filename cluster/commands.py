@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,14 +48,29 @@ def up(
 
     if host and join:
         raise UsageError("--host and --join: a machine is the head of a cluster or joins one")
+    if monitoring:
+        from cluster import exporter, watch
+
+        if join:
+            raise UsageError("--monitoring and --join: it goes with the head, and watches all machines from there")
+        watch.require(exporter.PORT, watch.PORT)
     node = nodes.up(host, join, port, cpus, gpus)
     print(f"{node.host}: {node.role} of the cluster {node.address}")
     if node.jobs:
         print(f"job server: {node.jobs}, for those with the token")
     if join or host:
+        warn(
+            f"Ray listens on every address of this machine, not on {node.host} alone, and not all of it asks for the "
+            "token: close all ports but SSH to other networks (README, Security)"
+        )
         warn("a token keeps others out but hides nothing: use a network of your own, or TLS (see RAY_USE_TLS of Ray)")
     if host:
-        print(f"on the other machines: copy the token, then tilefleet cluster up --join {node.address}")
+        from cluster.token import hand_over
+
+        print(f"for each other machine, give it the token:\n  {hand_over()}")
+        print(f"and there:\n  tilefleet cluster up --join {node.address}")
+    if join:
+        print("jobs are submitted on the head, or through a tunnel to it")
     if monitoring and node.jobs:
         try:
             print(f"prometheus: {_watch(node, runs)}")
@@ -123,8 +139,10 @@ def _watch(node: Node, runs: str) -> str:
     history = Path.home() / ".local" / "share" / "tilefleet" / "prometheus"
     found = watch.start(history, ray_folder=f"{node.folder}/ray")
     nodes.attach(node, found.process.pid)
-    if process.poll() is not None:
-        raise TilefleetError((log.read_text().splitlines() or ["monitoring: the exporter ended at once"])[-1])
+    while "/metrics" not in log.read_text():  # which it prints once it serves them
+        if process.poll() is not None:
+            raise TilefleetError((log.read_text().splitlines() or ["monitoring: the exporter ended at once"])[-1])
+        time.sleep(0.1)
     return found.address
 
 

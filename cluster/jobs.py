@@ -106,8 +106,9 @@ class Jobs:
         for handler in logging.getLogger("ray").handlers:
             handler.setLevel(logging.WARNING)  # its notes are not for whoever submits
         bearer = token.read_token()
+        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
         with _named_by(url), self._clear():
-            self._client = JobSubmissionClient(url, headers={"Authorization": f"Bearer {bearer}"} if bearer else {})
+            self._client = JobSubmissionClient(url, headers=headers, verify=server.authorities())
 
     def all(self) -> list[Job]:
         """All submitted jobs, the oldest first."""
@@ -129,6 +130,10 @@ class Jobs:
             raise UsageError(f"{text}: may be {', '.join(bases)}; name one of them")
         return max(near, key=lambda job: job.attempt)
 
+    def last(self, work: Work) -> Job | None:
+        """The newest attempt at ``work``."""
+        return max((job for job in self.all() if job.base == work.base), key=lambda job: job.attempt, default=None)
+
     def submit(self, work: Work) -> tuple[Job, str]:
         """Make sure that ``work`` is being done, and say by which job and how.
 
@@ -136,8 +141,7 @@ class Jobs:
         where a job of other settings works on the run.
         """
         for _ in range(5):
-            attempts = [job for job in self.all() if job.base == work.base]
-            last = max(attempts, key=lambda job: job.attempt, default=None)
+            last = self.last(work)
             if last and last.is_at_work:
                 if last.digest != work.digest:
                     raise UsageError(

@@ -47,6 +47,9 @@ KILLED_SECONDS = 5.0
 STOP_SECONDS = 120
 """How long a job that is stopped may take to save what it has."""
 
+GPUS = ("nvidia[0-9]*", "kfd", "dxg")
+"""Devices of a machine with a GPU: NVIDIA's, AMD's, those of Linux inside Windows."""
+
 STARTED = "Ray runtime started."
 """What ``ray start`` prints once its node is part of the cluster."""
 
@@ -105,6 +108,8 @@ def up(
     refuse_old(version("ray"))
     if (node := current()) and node.is_up:
         raise UsageError(f"a node of {node.address} runs on this machine already; end it with: tilefleet cluster down")
+    if gpus and not any(found for pattern in GPUS for found in Path("/dev").glob(pattern)):
+        raise UsageError(f"--gpus {gpus}: this machine has no GPU; without it, Ray offers those that there are")
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         raise UsageError("RAY_AUTH_MODE: whoever reaches a cluster without a token can run code on it; unset it")
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", *LOOPBACK)}
@@ -180,7 +185,7 @@ def _start(options: list[str], environment: dict[str, str], node: Node) -> Node:
         "PATH": f"{program}:{environment.get('PATH', os.defpath)}",  # a job's `python` is the one that has Ray
         "PYTHONPATH": f"{Path(__file__).parent.parent}:{environment.get('PYTHONPATH', '')}".rstrip(":"),
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
-        # A head is never idle once an actor that outlives its job, as Ray Data's, runs there: its jobs are stopped first.
+        # A head, whose jobs are stopped first, is never idle where an actor outlived its job, as one of Ray Data does.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE_SECONDS if node.role == "worker" else 0),
         "RAY_START_HOOK": f"{without_client.__module__}.{without_client.__name__}",
     }
@@ -206,6 +211,8 @@ def _start(options: list[str], environment: dict[str, str], node: Node) -> Node:
             reason = _reason(node.log)
             down()
             shutil.rmtree(node.folder, ignore_errors=True)
+            if "AuthenticationError" in reason:
+                raise UsageError(f"{node.address}: the token is not that cluster's; {token.HOW}")
             raise TilefleetError(f"{node.address}: the node did not start: {reason}")
         time.sleep(0.2)
     return node

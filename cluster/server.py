@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import socket
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def find(address: str | None, insecure_http: bool = False) -> str:
     node = nodes.current()
     named = [address, os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS")]
     url = next((text for text in named if text and "://" in text), node.jobs if node else None)
+    if url is None and node:
+        head = node.address.rpartition(":")[0]
+        raise UsageError(
+            f"this machine is a worker; the job server listens on the head alone. Give the command on {head}, or open "
+            f"a tunnel (ssh -N -L 8265:127.0.0.1:8265 {head}) and use --address http://127.0.0.1:8265"
+        )
     if url is None:
         raise UsageError("no cluster is known here; start one with: tilefleet cluster up, or name one with --address")
     parts = parsed(url)
@@ -81,7 +88,18 @@ def get(url: str, path: str) -> Any:
             raise refused(url) from error
         raise TilefleetError(f"{url}{path}: {error}") from error
     except (OSError, ValueError) as error:
+        if isinstance(reason := getattr(error, "reason", None), ssl.SSLCertVerificationError):
+            raise UsageError(
+                f"{url}: its certificate is not trusted ({reason.verify_message}); set SSL_CERT_FILE to a "
+                "file with the certificate of the authority that signed it"
+            ) from error
         raise silent(url) from error
+
+
+def authorities() -> str | bool:
+    """The file or folder of certificates that the system trusts, or ``SSL_CERT_FILE``; True where none is known."""
+    paths = ssl.get_default_verify_paths()
+    return paths.cafile or paths.capath or True
 
 
 def check(url: str) -> None:

@@ -61,12 +61,18 @@ def submit_train(
             "model": chosen.model.model_copy(update={"weights": weights}),
         }
     )
-    if _is_here(chosen.shards, url) and resolve_name("training.train:prepare")(chosen, resume=True):
-        print(f"{chosen.run}: already finished")
-        return
     settings = chosen.model_dump(mode="json", exclude=set(RESUMABLE))
     files = {text: json.dumps(chosen.model_dump(mode="json"))}  # which is YAML too
     work = Work("train", chosen.run, [text, "--resume"], json.dumps(settings, sort_keys=True), files)
+    try:
+        done = _is_here(chosen.shards, url) and resolve_name("training.train:prepare")(chosen, resume=True)
+    except UsageError:
+        if not _is_at_work(work, url):  # else its folder is only just being made, or holds other settings
+            raise
+        done = False
+    if done:
+        print(f"{chosen.run}: already finished")
+        return
     _submit(work, url, follow)
 
 
@@ -175,6 +181,14 @@ def _is_here(location: str, url: str) -> bool:
     node = nodes.current()
     ours = node is not None and node.jobs == url and node.is_up
     return ours or storage.is_uri(location) or storage.exists(location)
+
+
+def _is_at_work(work: Work, url: str) -> bool:
+    try:
+        job = _connected(url).last(work)
+    except TilefleetError:
+        return False
+    return job is not None and job.is_at_work
 
 
 def _jobs(address: str | None, insecure_http: bool) -> Jobs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import stat
 import tempfile
 from contextlib import suppress
@@ -63,6 +64,16 @@ def environment() -> dict[str, str]:
     if not os.environ.get("RAY_AUTH_TOKEN") and (path := _file()):
         found["RAY_AUTH_TOKEN_PATH"] = str(path)
     return found
+
+
+def hand_over() -> str:
+    """How another machine, ``MACHINE``, gets the token: a line for the terminal, without the token itself."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "set RAY_AUTH_TOKEN on MACHINE as it is here"
+    own = "~/.config/tilefleet/token"
+    source = own if _file() == _own() else shlex.quote(str(_file()))
+    place = own.removeprefix("~/")
+    return f"ssh MACHINE 'umask 077; mkdir -p {place.rpartition('/')[0]}; cat > {place}' < {source}"
 
 
 def _own() -> Path:

@@ -27,6 +27,8 @@ DISCOVERY = "prom_metrics_service_discovery.json"
 RAY_DASHBOARDS = "session_latest/metrics/grafana/dashboards"
 """Where, in that folder, Ray writes dashboards of its own."""
 
+PORT = 9090
+
 PATIENCE = 60.0
 """Seconds that Prometheus has to become ready; it reads again what it wrote before."""
 
@@ -45,7 +47,7 @@ def start(
     *,
     exporter: str = "127.0.0.1:9109",
     ray_folder: str | Path = "/tmp/ray",
-    port: int = 9090,
+    port: int = PORT,
     interval: str = "15s",
 ) -> Watch:
     """Start Prometheus on loopback and come back when it is ready; it goes on when this process ends.
@@ -55,10 +57,7 @@ def start(
     :class:`UsageError` where Prometheus is not installed or ``port`` is taken, :class:`TilefleetError` where it does
     not start.
     """
-    program = shutil.which("prometheus")
-    if not program:
-        raise UsageError("monitoring: prometheus is not installed; on Debian: apt-get install prometheus")
-    _refuse_taken(port)
+    program = require(port)
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     address = f"http://127.0.0.1:{port}"
@@ -83,6 +82,16 @@ def start(
             raise TilefleetError(f"monitoring: prometheus did not start, {log} says: {said[-1]}")
         time.sleep(0.1)
     return watch
+
+
+def require(*ports: int) -> str:
+    """The program; raises :class:`UsageError` where Prometheus is not installed or one of ``ports`` is taken."""
+    program = shutil.which("prometheus")
+    if not program:
+        raise UsageError("monitoring: prometheus is not installed; on Debian: apt-get install prometheus")
+    for port in ports:
+        _refuse_taken(port)
+    return program
 
 
 def write_config(folder: Path, exporter: str, ray_folder: Path, interval: str) -> Path:
@@ -118,7 +127,7 @@ def _refuse_taken(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise UsageError(f"monitoring: port {port} is taken; stop what listens there or name another") from error
+            raise UsageError(f"monitoring: port {port} is taken; stop what listens there, or do without") from error
 
 
 def _is_ready(watch: Watch) -> bool:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.nodes import Node
 from tests.conftest import need
+from tests.hosts import Host
+from tests.processes import descendants
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -69,6 +74,52 @@ class User:
     @property
     def token(self) -> str:
         return (self.home / ".config" / "tilefleet" / "token").read_text()
+
+
+HEALTH = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class Machine:
+    """A host and its user, whose home no other host has."""
+
+    def __init__(self, host: Host, home: Path) -> None:
+        self.host, self.home = host, home
+        home.mkdir()
+
+    def start(self, *arguments: object) -> tuple[subprocess.Popen[bytes], Path]:
+        """``tilefleet ARGUMENTS`` and the file of all that it prints."""
+        command = [sys.executable, str(ROOT / "tilefleet.py"), *map(str, arguments)]
+        environment = dict.fromkeys(FOREIGN, "") | HEALTH | {"HOME": str(self.home), "COLUMNS": "80"}
+        with tempfile.NamedTemporaryFile(dir=self.home, suffix=".out", delete=False) as log:
+            kept = ["env", *[f"--unset={name}" for name in FOREIGN], *command]
+            return self.host.start(kept, log, environment), Path(log.name)  # type: ignore[arg-type]
+
+    def run(self, *arguments: object) -> tuple[int, str]:
+        """Exit code and output of ``tilefleet ARGUMENTS``."""
+        process, log = self.start(*arguments)
+        return process.wait(timeout=600), log.read_text()
+
+    def must(self, *arguments: object) -> str:
+        """The output of ``tilefleet ARGUMENTS``, which must succeed."""
+        code, text = self.run(*arguments)
+        assert code == 0, text
+        return text
+
+    def processes(self, words: str) -> list[int]:
+        """Processes of the host with ``words`` in their command lines."""
+        return [pid for pid, line in descendants(self.host.init).items() if words in line]
+
+
+def wait_for(happened: Callable[[], Any], seconds: float = 300) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return found
 
 
 @pytest.fixture

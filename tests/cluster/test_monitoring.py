@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +21,12 @@ from cluster import watch
 from cluster.records import Status, StatusWriter
 from configs.errors import UsageError
 from configs.schema import Recipe
-from tests.cluster.conftest import User
+from tests.cluster.conftest import Machine, User, wait_for
 from tests.conftest import need
 from tests.dashboard import METRIC, MONITORING, Prometheus, panels, queries
+from tests.hosts import Host, are_possible, two_hosts
+from tests.ports import listening
+from tests.processes import descendants
 from tests.runs import ROOT, write_recipe
 
 GROUPS = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
@@ -92,6 +98,48 @@ def test_without_prometheus_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match="apt-get install prometheus"):
         watch.start(tmp_path / "watch")
+
+
+@pytest.mark.process
+def test_up_starts_it_beside_the_cluster_and_down_ends_it(tmp_path: Path) -> None:
+    """On a host of its own, where the ports that have no option are free."""
+    need(shutil.which("prometheus"), "prometheus is not installed")
+    need(are_possible(), "hosts of their own need root, iproute2 and the right to make network namespaces")
+    up = ["cluster", "up", "--port", 0, "--cpus", 1, "--monitoring", "--runs", tmp_path / "runs"]
+    with two_hosts(ray=False) as (host, _):
+        machine = Machine(host, tmp_path / "home")
+        for port in (9090, 9109):
+            with Path(os.devnull).open("wb") as nowhere:
+                taker = host.start([sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)], nowhere)
+            wait_for(lambda pid=taker.pid: _ports(pid), 30)
+            code, said = machine.run(*up)
+            assert (code, said.count("\n"), f"port {port} is taken" in said) == (2, 1, True), said
+            for pid in descendants(taker.pid):
+                os.kill(pid, signal.SIGKILL)
+            taker.wait()
+        assert not machine.processes("raylet")
+        assert "prometheus: http://127.0.0.1:9090" in machine.must(*up)
+        wait_for(lambda: _healthy(host) == {"tilefleet": 1, "ray": 3}, 90)
+        rules = _asked(host, "rules")["groups"]
+        loaded = {rule["name"] for group in rules for rule in group["rules"] if rule["type"] == "alerting"}
+        assert loaded == {rule["alert"] for rule in ALERTS}
+        machine.must("cluster", "down")
+        assert not _ports(host.init)
+
+
+def _ports(pid: int) -> set[int]:
+    return {port for _, port in listening(set(descendants(pid)))}
+
+
+def _asked(host: Host, name: str) -> Any:
+    program = f"import urllib.request as u; print(u.urlopen('http://127.0.0.1:9090/api/v1/{name}').read().decode())"
+    return json.loads(host.run([sys.executable, "-c", program]))["data"]
+
+
+def _healthy(host: Host) -> Counter[str]:
+    """How many targets of each job Prometheus has found to be up."""
+    targets = _asked(host, "targets")["activeTargets"]
+    return Counter(target["labels"]["job"] for target in targets if target["health"] == "up")
 
 
 class Watched(NamedTuple):

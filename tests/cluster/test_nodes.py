@@ -87,11 +87,18 @@ def test_the_token_of_the_environment_comes_first(tmp_path: Path, monkeypatch: p
         (["--host", "gpu-1"], "as 10.0.0.1"),
         (["--host", "192.0.2.1"], "cannot listen there"),
         (["--host", "127.0.0.1", "--join", "10.0.0.1:6379"], "or joins one"),
+        (["--join", "10.0.0.1:6379", "--monitoring"], "goes with the head"),
         (["--join", "10.0.0.1"], "needs the token"),
     ],
 )
 def test_up_says_why_it_cannot(user: User, arguments: list[str], words: str) -> None:
     assert words in refused(user, "cluster", "up", *arguments)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(bool([*Path("/dev").glob("nvidia[0-9]*")]), reason="this machine has a GPU")
+def test_up_offers_no_gpu_that_is_not_there(user: User) -> None:
+    assert "--gpus 2: this machine has no GPU" in refused(user, "cluster", "up", "--gpus", 2)
 
 
 @pytest.mark.process

@@ -8,65 +8,25 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cluster import records
 from cluster.nodes import Node
 from configs.schema import Recipe
-from tests.cluster.conftest import FOREIGN, ROOT
+from tests.cluster.conftest import ROOT, Machine, wait_for
 from tests.conftest import need
-from tests.hosts import Host, are_possible, two_hosts
+from tests.hosts import are_possible, two_hosts
+from tests.ports import listening
 from tests.processes import descendants
 from tests.runs import traced, write_recipe
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1500)]
-
-HEALTH = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
-
-
-class Machine:
-    """A host and its user, whose home no other host has."""
-
-    def __init__(self, host: Host, home: Path) -> None:
-        self.host, self.home = host, home
-        home.mkdir()
-
-    def start(self, *arguments: object) -> tuple[subprocess.Popen[bytes], Path]:
-        """``tilefleet ARGUMENTS`` and the file of all that it prints."""
-        command = [sys.executable, str(ROOT / "tilefleet.py"), *map(str, arguments)]
-        environment = dict.fromkeys(FOREIGN, "") | HEALTH | {"HOME": str(self.home), "COLUMNS": "80"}
-        with tempfile.NamedTemporaryFile(dir=self.home, suffix=".out", delete=False) as log:
-            kept = ["env", *[f"--unset={name}" for name in FOREIGN], *command]
-            return self.host.start(kept, log, environment), Path(log.name)  # type: ignore[arg-type]
-
-    def run(self, *arguments: object) -> tuple[int, str]:
-        """Exit code and output of ``tilefleet ARGUMENTS``."""
-        process, log = self.start(*arguments)
-        return process.wait(timeout=600), log.read_text()
-
-    def must(self, *arguments: object) -> str:
-        """The output of ``tilefleet ARGUMENTS``, which must succeed."""
-        code, text = self.run(*arguments)
-        assert code == 0, text
-        return text
-
-    def processes(self, words: str) -> list[int]:
-        """Processes of the host with ``words`` in their command lines."""
-        return [pid for pid, line in descendants(self.host.init).items() if words in line]
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +43,16 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine
         (folder / "token").write_text("wrong")
         (folder / "token").chmod(0o600)
         code, said = other.run(*command.split())
-        assert code == 1, said
-        shutil.copy(head.home / ".config" / "tilefleet" / "token", folder)
+        assert (code, "the token is not that cluster's" in said) == (2, True), said
+        (folder / "token").unlink()
+        folder.rmdir()
+        [line] = re.findall(r"ssh MACHINE '(.*)' < ~/.config/tilefleet/token$", told, re.MULTILINE)
+        with (head.home / ".config" / "tilefleet" / "token").open() as given:
+            subprocess.run(["sh", "-c", line], stdin=given, cwd=other.home, check=True)
         other.must(*command.split(), "--cpus", 1)
         yield head, other
-        other.run("cluster", "down")
-        head.run("cluster", "down")
+        head.must("cluster", "down")
+        other.must("cluster", "down")
         assert not [line for host in hosts for line in descendants(host.init).values() if "raylet" in line]
 
 
@@ -112,14 +76,6 @@ def long(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 EPOCHS = 24
 
 
-def wait_for(happened: Callable[[], Any], seconds: float = 300) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    return found
-
-
 def is_training(recipe: Recipe, after: int = 0) -> bool:
     status = records.read_status(recipe.run)
     return status is not None and status.state == "running" and (status.step or 0) > after
@@ -137,12 +93,39 @@ def test_from_another_host_the_job_server_is_not_there(machines: tuple[Machine, 
     [state] = (head.home / ".config" / "tilefleet").glob("cluster-*.json")
     port = str(Node.model_validate_json(state.read_bytes()).jobs).rpartition(":")[2]
     url = f"http://{head.host.address}:{port}"
+    code, said = other.run("jobs", "list")
+    assert (code, f"Give the command on {head.host.address}, or" in said) == (2, True)
     code, said = other.run("jobs", "list", "--address", url)
     assert code == 2
     assert f"ssh -N -L 8265:127.0.0.1:{port} {head.host.address}" in said
     code, said = other.run("jobs", "list", "--address", url, "--insecure-http")
     assert code == 1
     assert "no job server answers" in said
+
+
+def test_what_is_open_to_the_network_is_what_the_readme_says(
+    machines: tuple[Machine, Machine], long: Recipe, tmp_path: Path
+) -> None:
+    """While a training is at work, as seen from the other host."""
+    long = long.model_copy(update={"name": "scanned", "runs": str(tmp_path)})
+    machines[0].must("submit", "train", write_recipe(long, machines[0].home))
+    wait_for(lambda: is_training(long))
+    for machine, asker in (machines, machines[::-1]):
+        names = descendants(machine.host.init)
+        owners = {port: (host, names[pid]) for (host, port), pid in listening(set(names)).items()}
+        outward = {port: owner for port, owner in owners.items() if not owner[0].startswith(("127.", "::1"))}
+        look = [sys.executable, str(ROOT / "tests" / "ports.py"), machine.host.address, *map(str, outward)]
+        kinds = json.loads(asker.host.run(look))
+        table = {port: (kinds[str(port)], *owner) for port, owner in outward.items()}
+        print(*table.items(), sep="\n")
+        assert {kind for kind, *_ in table.values()} == {"http", "grpc", "metrics", "other"}
+        assert {host for kind, host, _ in table.values() if kind == "http"} == {machine.host.address}
+        torch = [name for kind, _, name in table.values() if kind == "other"]
+        assert all("RayTrainWorker" in name for name in torch)
+        assert 1 <= len(torch) <= 2
+        metrics = [name for kind, _, name in table.values() if kind == "metrics"]
+        assert len(metrics) == (3 if machine is machines[0] else 1), metrics
+    machines[0].must("jobs", "stop", "scanned")
 
 
 def test_a_path_that_only_one_host_has_is_refused(machines: tuple[Machine, Machine], long: Recipe) -> None:
