@@ -85,18 +85,20 @@ def pack(
 
 
 @app.command()
-def verify(location: Annotated[str, typer.Argument(help="Shard set, tar, or folder of tars.")]) -> None:
-    """Find every damaged shard.
+def verify(location: Annotated[str, typer.Argument(help="Shard set, or archives as classify takes them.")]) -> None:
+    """Find every damaged shard, archive and image.
 
     Exit code 1, and a line for each problem, if there is one.
     """
-    from training.shards import verify
+    from inference.check import find_problems
 
-    problems = verify(location)
-    for problem in problems:
-        print(problem)
+    problems = 0
+    with progress_line() as show:
+        for problem in find_problems(location, show):
+            print(problem)
+            problems += 1
     if problems:
-        raise TilefleetError(f"{location}: {len(problems)} problems")
+        raise TilefleetError(f"{location}: {problems} problems")
     print(f"{location}: whole")
 
 
@@ -185,7 +187,10 @@ def predict(
 def classify(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, as runs/NAME/bundle.")],
     archives: Annotated[
-        list[str], typer.Argument(metavar="ARCHIVE... [KEY=VALUE]...", help="Tars or folders of tars.")
+        list[str],
+        typer.Argument(
+            metavar="ARCHIVE... [KEY=VALUE]...", help="Tars, zips, folders, lists of paths; settings, as workers=2."
+        ),
     ],
     out: Annotated[str, typer.Option(help="Folder for the predictions; the same one resumes.")],
 ) -> None:
@@ -363,7 +368,7 @@ def _classify(bundle: str, archives: list[str], out: str, settings: list[str]) -
     from inference.classify import ClassifyConfig, classify
 
     if not archives:
-        raise UsageError("classify: no archive given; name tars or folders of tars")
+        raise UsageError("classify: no archive given; name tars, zips, folders or lists of paths")
     config = validate(ClassifyConfig, parse_overrides(settings), "classify")
     with progress_line() as show:
         totals = classify(bundle, archives, out, config, progress=show)

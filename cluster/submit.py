@@ -80,7 +80,10 @@ def submit_train(
 def submit_classify(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, as runs/NAME/bundle.")],
     archives: Annotated[
-        list[str], typer.Argument(metavar="ARCHIVE... [KEY=VALUE]...", help="Tars or folders of tars.")
+        list[str],
+        typer.Argument(
+            metavar="ARCHIVE... [KEY=VALUE]...", help="Tars, zips, folders, lists of paths; settings, as workers=2."
+        ),
     ],
     out: Annotated[str, typer.Option(help="Folder for the predictions; the same one resumes.")],
     address: Address = None,
@@ -99,7 +102,7 @@ def submit_classify(
     options = [text for text in archives if "=" in text and not storage.exists(text)]
     found = [_place(text) for text in archives if text not in options]
     if not found:
-        raise UsageError("submit classify: no archive given; name tars or folders of tars")
+        raise UsageError("submit classify: no archive given; name tars, zips, folders or lists of paths")
     bundle, out = _place(bundle), _place(out)
     config = validate(resolve_name("inference.classify:ClassifyConfig"), parse_overrides(options), "submit classify")
     if _is_here(bundle, url):

@@ -1,7 +1,7 @@
 """The shard contract: what ``pack`` leaves behind, how it is read by offset, how damage is found.
 
 A shard set is a folder with ``index.json``, ``tiles.parquet`` and ``{train,val,test}/shard-000000.tar``. Every tile is
-checked against its sha256 as it is read. ``tilefleet verify`` finds each damaged shard, and each damaged foreign tar.
+checked against its sha256 as it is read. ``tilefleet verify`` finds each damaged shard.
 """
 
 from __future__ import annotations
@@ -192,18 +192,14 @@ class TileReader:
         return data
 
 
+def is_set(location: str | Path) -> bool:
+    """Whether ``pack`` made what is there, or is about to."""
+    return any(storage.exists(storage.join(location, name)) for name in (INDEX, MARKER))
+
+
 def verify(location: str | Path) -> list[Problem]:
-    """Everything wrong with a shard set, a tar or a folder of tars of any origin; empty where all is whole."""
-    if not storage.exists(location):
-        raise UsageError(f"{location}: no such file or folder")
-    if not storage.is_dir(location):
-        return list(_verify_tar(str(location)))
-    if storage.exists(storage.join(location, INDEX)) or storage.exists(storage.join(location, MARKER)):
-        return list(_verify_set(storage.absolute(location)))
-    tars = [name for name in storage.list_files(location, recursive=True) if name.lower().endswith(".tar")]
-    if not tars:
-        return [Problem(str(location), f"holds neither {INDEX} nor a tar archive")]
-    return [problem for tar in tars for problem in _verify_tar(tar)]
+    """Everything wrong with a shard set; empty where all is whole."""
+    return list(_verify_set(storage.absolute(location)))
 
 
 def _verify_set(root: str) -> Iterator[Problem]:
@@ -244,26 +240,3 @@ def _verify_shard(location: str, shard: Shard, rows: list[dict[str, Any]], class
         tile = data[row["offset"] : row["offset"] + row["size"]]
         if hashlib.sha256(tile).hexdigest() != row["sha256"] or not 0 <= row["label"] < classes:
             yield Problem(location, f"{TILES} disagrees about tile {row['tile_id']}")
-
-
-def _verify_tar(location: str) -> Iterator[Problem]:
-    from training.decode import check_image
-    from training.encoded import MAX_ENCODED_BYTES, TileError, is_image_name
-
-    with storage.open_input(location) as stream:
-        scan = scan_tar(stream)
-        if scan.damage:
-            yield Problem(location, scan.damage)
-        images = 0
-        for member in scan.members:
-            if member.refused:
-                yield Problem(location, f"member {member.name!r} {member.refused}")
-            elif is_image_name(member.name):
-                images += 1
-                stream.seek(member.offset)
-                try:
-                    check_image(stream.read(min(member.size, MAX_ENCODED_BYTES + 1)))
-                except TileError as error:
-                    yield Problem(location, f"member {member.name!r}: {error}")
-        if not images and not scan.damage:
-            yield Problem(location, "holds no images")

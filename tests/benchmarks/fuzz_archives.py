@@ -68,17 +68,17 @@ def lenient(location: Path) -> int | None:
 
 def try_case(number: int, seed: int, base: Path) -> Counts:
     """Send one case through; what was found, and under ``wrong`` whether anything but that happened."""
+    from inference.check import find_problems
     from inference.readers import read_chunk
     from tests.archives import planned
     from training.decode import decode_tiles
     from training.encoded import Bands
-    from training.shards import verify
 
     (base / "in").mkdir(parents=True)
     location = hostile.write_case(number, seed, base / "in")
     chosen = Bands(numbers=(3, 1), highest=10_000) if number % 2 else None
     before, found = listing(base), Counter({"cases": 1})
-    problems = verify(location)
+    problems = list(find_problems(str(location)))
     found["verified_whole"] += not problems
     plan = planned([location], base / "out")
     damaged = {bad.archive for bad in plan.bad}
