@@ -50,6 +50,7 @@ def progress_line() -> Iterator[Show]:
         note,
         console=console,
         disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # what goes into a file or a pipe is not the terminal's
     ) as progress:
         tasks: dict[str, TaskID] = {}
 
