@@ -90,22 +90,23 @@ class Machine:
         self.host, self.home = host, home
         home.mkdir()
 
-    def start(self, *arguments: object) -> tuple[subprocess.Popen[bytes], Path]:
-        """``tilefleet ARGUMENTS`` and the file of all that it prints."""
+    def start(self, *arguments: object, **more: str) -> tuple[subprocess.Popen[bytes], Path]:
+        """``tilefleet ARGUMENTS``, with ``more`` in its environment, and the file of all that it prints."""
         command = [sys.executable, str(ROOT / "tilefleet.py"), *map(str, arguments)]
         environment = dict.fromkeys(FOREIGN, "") | HEALTH | {"HOME": str(self.home), "COLUMNS": "80"}
         with tempfile.NamedTemporaryFile(dir=self.home, suffix=".out", delete=False) as log:
-            kept = ["env", *[f"--unset={name}" for name in FOREIGN], *command]
+            given = [f"{name}={value}" for name, value in more.items()]
+            kept = ["env", *[f"--unset={name}" for name in FOREIGN], *given, *command]
             return self.host.start(kept, log, environment), Path(log.name)  # type: ignore[arg-type]
 
-    def run(self, *arguments: object) -> tuple[int, str]:
+    def run(self, *arguments: object, **more: str) -> tuple[int, str]:
         """Exit code and output of ``tilefleet ARGUMENTS``."""
-        process, log = self.start(*arguments)
+        process, log = self.start(*arguments, **more)
         return process.wait(timeout=600), log.read_text()
 
-    def must(self, *arguments: object) -> str:
+    def must(self, *arguments: object, **more: str) -> str:
         """The output of ``tilefleet ARGUMENTS``, which must succeed."""
-        code, text = self.run(*arguments)
+        code, text = self.run(*arguments, **more)
         assert code == 0, text
         return text
 

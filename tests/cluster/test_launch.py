@@ -114,6 +114,26 @@ def test_the_job_server_listens_on_loopback(name: str) -> None:
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in starts[0]
 
 
+@pytest.mark.parametrize("network", ["eth0", "wlp2s0"])
+def test_own_machines_are_reached_by_the_address_in_the_file(network: str, tmp_path: Path) -> None:
+    """The start commands are run with an ``ip`` that answers as such a machine does, and a ``ray`` that shows what it got."""
+    answers = {
+        "ip": f"case $3 in show) echo '2: {network}    inet 192.0.2.10/24 scope global {network}';; "
+        f"*) echo '192.0.2.10 via 192.0.2.1 dev {network} src 192.0.2.11 uid 0';; esac",
+        "ray": 'echo "$GLOO_SOCKET_IFNAME $RAY_enable_autoscaler_v2 $*"',
+    }
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    said = {"RAY_CLOUD_INSTANCE_ID": "192.0.2.10", "RAY_enable_autoscaler_v2": "1"}, {"RAY_HEAD_IP": "192.0.2.10"}
+    for role, known, own in zip(("head", "worker"), said, ("192.0.2.10", "192.0.2.11"), strict=True):
+        command = read("own-machines")[f"{role}_start_ray_commands"][-1]
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | known
+        done = subprocess.run(["bash", "-c", command], env=environment, check=True, capture_output=True, text=True)
+        assert done.stdout.startswith(f"{network} {'0' if role == 'head' else ''} start ")
+        assert f" --node-ip-address={own}" in done.stdout.rstrip()
+
+
 @pytest.mark.parametrize("path", sorted(p for p in LAUNCH.iterdir() if p.is_file()), ids=lambda path: path.name)
 def test_no_secret_is_in_a_file(path: Path) -> None:
     text = path.read_text()

@@ -216,3 +216,14 @@ def test_archives_are_classified_on_both_hosts(
     rows = read_predictions(str(tmp_path / "out")).to_pylist()
     tiles = load_index(shards).tiles("train")
     assert len(rows) == len({row["tile_id"] for row in rows}) == tiles
+
+
+def test_a_driver_on_the_head_that_names_it_by_loopback_uses_both_hosts(
+    machines: tuple[Machine, Machine], bundle: Path, shards: Path, tmp_path: Path
+) -> None:
+    """As in a head's pod of Kubernetes."""
+    options = ["engine=torch", "tiles_per_chunk=8", "--out", tmp_path / "out"]
+    machines[0].must("classify", bundle, shards / "train", *options, RAY_ADDRESS="127.0.0.1:6379")
+    status = records.read_status(str(tmp_path / "out"))
+    assert status
+    assert (status.state, status.workers) == ("done", 2)
