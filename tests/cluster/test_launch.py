@@ -116,7 +116,7 @@ def test_the_job_server_listens_on_loopback(name: str) -> None:
 
 @pytest.mark.parametrize("network", ["eth0", "wlp2s0"])
 def test_own_machines_are_reached_by_the_address_in_the_file(network: str, tmp_path: Path) -> None:
-    """The start commands are run with an ``ip`` that answers as such a machine does, and a ``ray`` that shows what it got."""
+    """The start commands are run with an ``ip`` that answers as there, and a ``ray`` that shows what it was given."""
     answers = {
         "ip": f"case $3 in show) echo '2: {network}    inet 192.0.2.10/24 scope global {network}';; "
         f"*) echo '192.0.2.10 via 192.0.2.1 dev {network} src 192.0.2.11 uid 0';; esac",
