@@ -60,10 +60,10 @@ class Patch:
         return spec
 
 def deadly(decode_tiles):
-    def decode(encoded, size):
+    def decode(encoded, size, bands):
         if any(bytes(data).startswith(b"deadly") for data in encoded):
             os.kill(os.getpid(), signal.SIGSEGV)
-        return decode_tiles(encoded, size)
+        return decode_tiles(encoded, size, bands)
     return decode
 
 sys.meta_path.insert(0, Patch)
