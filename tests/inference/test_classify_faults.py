@@ -139,12 +139,7 @@ def test_a_deadly_tile_is_a_row_with_an_error_and_its_neighbours_are_classified(
     files = [(f"t/{n}.jpg", jpeg(n)) for n in range(60)]
     files[17] = ("t/17.jpg", b"deadly for who decodes it")  # elsewhere merely undecodable
     write_tar(tmp_path / "a.tar", files)
-    settings = [
-        "tiles_per_chunk=20",
-        "batch_size=8",
-        "engine=openvino",
-        "decode=pool",
-    ]  # it ends decoders first, then workers
+    settings = ["tiles_per_chunk=20", "batch_size=8", "engine=openvino", "decode=pool"]  # ends decoders, then workers
     (tmp_path / "sitecustomize.py").write_text(DEADLY)
     with command(
         model, tmp_path / "a.tar", tmp_path / "out", settings, {"PYTHONPATH": str(tmp_path)}
