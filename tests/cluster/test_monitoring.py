@@ -169,7 +169,7 @@ def watched(owner: User, shards: Path, tmp_path_factory: pytest.TempPathFactory)
                 "shards": str(shards),
                 "runs": str(runs),
                 "model": {"name": "cnn"},
-                "epochs": 60,
+                "epochs": 30,
                 "batch_size": 16,
                 "checkpoint": {"every_steps": 100},
             }
