@@ -39,10 +39,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Unit tests share the cores; those that start Ray or processes of their own need them to themselves.
+# Unit tests share the cores. Those that start Ray or processes of their own mostly wait: two files of them at a time.
 test: check
 	$(BIN)/pytest --numprocesses auto --dist worksteal -m "not ray and not process"
-	$(BIN)/pytest -m "ray or process"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "ray or process"
 
 lock: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev \
