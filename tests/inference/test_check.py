@@ -100,6 +100,7 @@ def test_members_that_must_not_be_trusted_are_named(tmp_path: Path, info: tarfil
         (tar_bytes(tile_files(3))[:3000], "cut short"),
         (gzip.compress(tar_bytes(tile_files(30)))[:9000], "cut short"),
     ],
+    ids=["empty", "no tar", "no image", "no image, packed", "cut", "cut, packed"],  # the bytes hold the time
 )
 def test_archives_that_are_not_whole_are_named(tmp_path: Path, data: bytes, reason: str) -> None:
     (tmp_path / "a.tar").write_bytes(data)
