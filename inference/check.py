@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from inference.ahead import in_order
 from inference.archive import list_archives
-from inference.plan import Chunk, Progress
+from inference.plan import Progress, make_chunk
 from inference.readers import Tile, read_chunk
 from inference.scan import Source, scan, sources
 from inference.zips import Damaged
@@ -46,7 +46,7 @@ def _check(source: Source) -> Iterator[Problem]:
     try:
         for one in found.ranges:
             chunks += 1
-            tiles = read_chunk(Chunk("", source.archive, found.kind, *one[:3], found.bytes, one.members))
+            tiles = read_chunk(make_chunk("", source, found, one))
             for tile_id, error in in_order(_why_not, tiles, os.cpu_count() or 1):
                 if error:
                     yield Problem(source.archive, f"{tile_id}: {error}")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from cluster import storage
 from configs.errors import TilefleetError
 from inference.ahead import in_order
-from inference.scan import Kind, Scan, Source, scan, sources
+from inference.scan import Kind, Range, Scan, Source, scan, sources
 from inference.streams import opened
 from inference.zips import Damaged
 from training.encoded import Bands
@@ -150,6 +150,12 @@ def chunk_id(number: int) -> str:
     return f"{number:08d}"
 
 
+def make_chunk(name: str, source: Source, found: Scan, tiles: Range) -> Chunk:
+    """The chunk called ``name`` of ``tiles``, which are among those ``found`` in ``source``."""
+    place = (tiles.start, tiles.end, tiles.tiles)
+    return Chunk(name, source.archive, found.kind, *place, found.bytes, tiles.members)
+
+
 def write_plan(
     out: str,
     archives: Sequence[str],
@@ -175,7 +181,7 @@ def write_plan(
             before, reason = chunks, found.damage
             try:
                 for one in found.ranges:
-                    chunk = Chunk(chunk_id(chunks), source.archive, found.kind, *one[:3], found.bytes, one.members)
+                    chunk = make_chunk(chunk_id(chunks), source, found, one)
                     rows.add(chunk)
                     sample.add(chunk)
                     chunks, tiles = chunks + 1, tiles + (one.tiles or 0)
